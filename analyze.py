@@ -1,0 +1,339 @@
+"""From a run folder to pictures and tables; needs metrics.jsonl, no GPU and no model.
+
+    python analyze.py curves runs/toy                 the run's table, and runs/toy/plots/{curves,headline}.png
+    python analyze.py compare runs/toy-s1 runs/toy-s2 runs/toy-dapo-s1 [--out FILE]         several runs, in arms
+
+Runs whose folder names differ only in a trailing `-s1` or `-seed1` are seeds of one arm. The colours are Okabe and
+Ito's; no line relies on colour alone, style and marker differ too. Below, a run is (training lines, evaluations).
+"""
+import argparse
+import functools
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#E69F00", "#000000", "#CC79A7", "#56B4E9"]
+LINES = ["-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (2, 1)), (0, (9, 3))]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
+STYLE = {"font.size": 8.5, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": .25,
+         "lines.linewidth": 1.3, "lines.markersize": 3.5, "legend.frameon": False}
+PHASES = ["wake", "gen_base", "entropy", "gen_branch", "reward", "sleep", "old_log_prob", "update_actor", "sync",
+          "eval", "save", "other"]  # timing_s/*, in the order of a step
+# (title, unit, {metric: label}); a metric that ends in `@` stands for the largest k logged. Each row of three answers a
+# question: how good? how sure? what do responses look like? what does a step cost? is the update healthy?
+PANELS = [
+    ("Held-out accuracy", "share", {"eval/avg@": "avg@", "eval/pass@": "pass@"}),
+    ("Training accuracy", "share", {"train/accuracy": "all", "branch/accuracy_base": "base",
+                                    "branch/accuracy_branch": "branches"}),
+    ("Training score", "score", {"critic/score/mean": "mean"}),
+    ("Entropy", "nats per token", {"actor/entropy": "training", "branch/entropy_branch": "branches",
+                                   "eval/entropy": "held-out"}),
+    ("Entropy at forks", "nats per token", {"branch/entropy_at_t_star": "at t*", "eval/entropy_operands": "operands",
+                                            "eval/entropy_results": "results"}),
+    ("Distinct responses, held-out", "share of samples", {"eval/distinct": "distinct"}),
+    ("Response length", "tokens", {"response_length/mean": "training", "eval/length": "held-out",
+                                   "branch/mean_depth": "depth of t*"}),
+    ("Truncated responses", "share", {"response_length/clip_ratio": "training", "eval/truncated": "held-out"}),
+    ("Branches with another reward", "share of branches", {"branch/flip_rate": "flip rate"}),
+    ("Dynamic sampling", "groups per step", {"train/sampled_groups": "sampled", "train/kept_groups": "kept"}),
+    ("Sampling rounds", "rounds per step", {"train/rounds": "rounds"}),
+    ("Seconds by phase", "seconds per step", {f"timing_s/{phase}": phase for phase in PHASES}),
+    ("Clipped tokens", "share of tokens", {"actor/pg_clipfrac": "ratio clip", "actor/pg_clipfrac_lower": "dual clip"}),
+    ("Gradient norm", "norm before clipping", {"actor/grad_norm": "norm"}),
+    ("Engine against trainer", "|Δ log-prob|, nats", {"mismatch/mean_abs": "mean", "mismatch/max_abs": "max"}),
+]
+X_AXES = {"step": "training steps", "opt_step": "optimizer steps", "tokens/generated": "generated tokens"}
+
+
+@functools.cache  # every message once, however often a file is read
+def warn(message):
+    print(f"analyze.py: {message}", file=sys.stderr)
+
+
+def metrics_file(folder):
+    """The path of a run's metrics.jsonl; ValueError says what is missing."""
+    path = Path(folder) / "metrics.jsonl"
+    if not path.parent.is_dir():
+        raise ValueError(f"{folder}: no such run folder")
+    if not path.is_file():
+        raise ValueError(f"{folder} is no run: it has no metrics.jsonl")
+    return path
+
+
+def read_run(folder):
+    """A run: (training lines, evaluations), each sorted by step; sft lines are left out.
+
+    A killed run goes on from its last checkpoint and logs the steps after it once more: the later line counts. A line
+    that does not parse (the last one of a killed run may be torn) is named on stderr and left out."""
+    path, train, evals = metrics_file(folder), [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
+        try:
+            row = json.loads(line or "{}")
+        except json.JSONDecodeError:
+            warn(f"{path}, line {number} is torn: left out")
+            continue
+        if not isinstance(row, dict) or "step" not in row or "sft/step" in row:
+            continue
+        step, held_out = row["step"], "actor/entropy" not in row and any(key.startswith("eval/") for key in row)
+        while train and train[-1]["step"] >= step + held_out:
+            train.pop()
+        while evals and (evals[-1]["step"] > step or
+                         held_out and evals[-1]["step"] == step and evals[-1].get("stage") == row.get("stage")):
+            evals.pop()
+        (evals if held_out else train).append(row)
+    return train, evals
+
+
+def value(row, key):
+    """A metric as a float, NaN where the line has none."""
+    return float(row[key]) if isinstance(row.get(key), (int, float)) else float("nan")
+
+
+def full_name(rows, key):
+    """`eval/avg@` -> `eval/avg@16`, the largest k in these lines; any other metric's name as it is."""
+    ks = [int(name[len(key):]) for row in rows for name in row if name.startswith(key) and name[len(key):].isdigit()]
+    return key + str(max(ks)) if key.endswith("@") and ks else key
+
+
+def series(run, key, x="step"):
+    """{step: (x, metric)} over the lines that have both as finite numbers."""
+    rows = run[key.startswith("eval/")]
+    name = full_name(rows, key)
+    points = {row["step"]: (value(row, x), value(row, name)) for row in rows}
+    return {step: point for step, point in points.items() if np.isfinite(point).all()}
+
+
+def stage_spans(run):
+    """[[stage, first step, last step]] in order; a stage begins where the one before it ended."""
+    spans = []
+    for row in run[0] or [row for row in run[1] if row["step"] > 0]:
+        if spans and spans[-1][0] == row.get("stage"):
+            spans[-1][2] = row["step"]
+        else:
+            spans.append([row.get("stage"), spans[-1][2] if spans else max(row["step"] - 1, 0), row["step"]])
+    return spans
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+def spread(numbers, form):
+    """`0.912 ± 0.004`: mean and half range, (max - min) / 2; `-` if a number is missing; form `k` is for thousands."""
+    if not np.isfinite(numbers).all():
+        return "-"
+    parts = [np.mean(numbers), np.ptp(numbers) / 2][:len(numbers)]  # one seed has no spread
+    return " ± ".join(f"{part / 1e3:.0f}k" if form == "k" else f"{part:{form}}" for part in parts)
+
+
+def results_table(heads, rows, metrics):
+    """Aligned text. rows: [([a cell for each of heads], [the line of every seed])], metrics: {metric: form}."""
+    lines = [line for _, seeds in rows for line in seeds]
+    forms = {full_name(lines, key): form for key, form in metrics.items()}
+    cells = [[*heads, *(X_AXES.get(key, key.removeprefix("eval/")) for key in forms)]]
+    for first, seeds in rows:
+        cells.append([*first, *(spread([value(line, key) for line in seeds], form) for key, form in forms.items())])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells)
+
+
+def summary_table(run):
+    """The table at the end of a run: held-out results at the base (step 0) and at the end of every stage."""
+    last = {"base" if line["step"] == 0 else f"after {line.get('stage')}": line for line in read_run(run)[1]}
+    rows = [([label, str(line["step"])], [line]) for label, line in last.items()]
+    return results_table(["held-out", "step"], rows, {
+        "eval/avg@": ".3f", "eval/pass@": ".3f", "eval/entropy": ".3f", "eval/distinct": ".3f", "eval/length": ".1f",
+        "eval/truncated": ".3f", "tokens/generated": "k"}) if rows else f"{run}: no evaluation was logged"
+
+
+def compare_table(arms):
+    """One row per arm, from the last evaluation that all its seeds have; ± is half the range over the seeds."""
+    rows = []
+    for name, seeds in arms.items():
+        lines = [{line["step"]: line for line in run[1] or run[0]} for run in seeds]
+        step = max(set.intersection(*map(set, lines)), default="-")
+        if any(step != max(of_seed, default="-") for of_seed in lines):
+            warn(f"the seeds of {name} end at different steps, all are taken at step {step}")
+        rows.append(([name, str(len(seeds)), str(step)], [of_seed.get(step, {}) for of_seed in lines]))
+    return results_table(["arm", "seeds", "step"], rows, {
+        "opt_step": ".0f", "tokens/generated": "k", "eval/avg@": ".3f", "eval/pass@": ".3f", "eval/entropy": ".3f",
+        "eval/distinct": ".3f"}) + "\nheld-out; ± is half the range over the seeds, (max - min) / 2"
+
+
+# ---- curves: one run -------------------------------------------------------------------------------------------------
+
+def draw_lines(ax, run, metrics):
+    """One line per metric that was logged; evaluations, being few, carry markers."""
+    for i, (key, label) in enumerate(metrics.items()):
+        points = np.array([*series(run, key).values()]).reshape(-1, 2)  # (n, step and metric)
+        marker = MARKERS[i] if len(points) == 1 or key.startswith("eval/") and len(points) <= 60 else ""
+        label = full_name(run[1], key).removeprefix("eval/") if key.endswith("@") else label
+        if len(points):
+            ax.plot(*points.T, color=COLOURS[i], ls=LINES[i], marker=marker, label=label)
+
+
+def draw_phases(ax, train):
+    """Seconds by phase, stacked: the five longest in the order of a step, and the rest."""
+    seconds = {phase: np.nan_to_num([value(row, f"timing_s/{phase}") for row in train]) for phase in PHASES}
+    longest = sorted(PHASES, key=lambda phase: -seconds[phase].sum())[:5]
+    parts = {phase: seconds[phase] for phase in PHASES if phase in longest and seconds[phase].any()}
+    parts["rest"] = sum(seconds[phase] for phase in PHASES if phase not in longest)
+    shades = ["#0072B2", "#F0E442", "#009E73", "#56B4E9", "#D55E00"][:len(parts) - 1] + ["#CCCCCC"]  # dark, light, …
+    ax.stackplot([row["step"] for row in train], *parts.values(), labels=list(parts), colors=shades, lw=0)
+
+
+def draw_panels(figure, shape, panels, run):
+    """A panel from the top: title, legend, the names of the stages, the data with a dashed line where stages meet."""
+    steps, spans = [row["step"] for row in run[0] + run[1]], stage_spans(run)
+    length = max(max(steps) - min(steps), 1)
+    for place, (title, unit, metrics) in enumerate(panels, 1):
+        ax = figure.add_subplot(*shape, place)
+        phases = title == "Seconds by phase"
+        draw_phases(ax, run[0]) if phases else draw_lines(ax, run, metrics)
+        if title == "Engine against trainer" and any((line.get_ydata() > 0).any() for line in ax.lines):
+            ax.set_yscale("log")
+            low, high = np.log10(ax.get_ylim())
+            ax.set_ylim(10 ** np.floor(low), 10 ** np.ceil(high))
+            ax.yaxis.set_minor_formatter("")  # whole decades, so that the powers of ten are labels enough
+        ax.legend(loc="lower left", bbox_to_anchor=(-.02, 1.06), ncols=3, fontsize="small", columnspacing=1,
+                  handlelength=1 if phases else 2.4, handletextpad=.5, borderaxespad=.2, labelspacing=.3)
+        legend_rows = -(-len(ax.get_legend_handles_labels()[0]) // 3)
+        ax.set_title(title, loc="left", fontweight="bold", fontsize="medium", pad=16 + 13 * legend_rows)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.set(xlabel="training step", ylabel=unit, xlim=(min(steps) - .02 * length, max(steps) + .02 * length))
+        for i, (name, first, last) in enumerate(spans):
+            if i:
+                ax.axvline(first, color="black", ls=(0, (4, 3)), lw=.9, zorder=1)
+            if (last - first) / length > .026 * len(str(name)):  # else the name is longer than its stage
+                ax.text((first + last) / 2, 1.01, name, transform=ax.get_xaxis_transform(), ha="center",
+                        fontsize="small", color=".35")
+
+
+def new_figure(height):
+    from matplotlib.figure import Figure  # not pyplot: no global state, no display, always drawn by Agg
+    return Figure(figsize=(10, height), dpi=100, layout="constrained")  # 1000 pixels, the width of a README
+
+
+def curves(run):
+    """Draws run/plots/curves.png (all that was logged) and headline.png (accuracy, entropy); returns their paths."""
+    from matplotlib import rc_context
+    lines = read_run(run)
+    panels = [panel for panel in PANELS if any(series(lines, key) for key in panel[2])]
+    if not panels:
+        raise ValueError(f"{run}: metrics.jsonl holds no training step and no evaluation yet")
+    plots = Path(run) / "plots"
+    plots.mkdir(exist_ok=True)
+    rows = -(-len(panels) // 3)
+    headline = [panel for panel in panels if panel[0] in ("Held-out accuracy", "Entropy")]
+    for name, height, shape, wanted, style in (
+            ("curves.png", 2.7 * rows, (rows, 3), panels, {}),
+            ("headline.png", 4, (1, 2), headline, {"font.size": 11, "lines.linewidth": 1.8, "lines.markersize": 5})):
+        with rc_context(STYLE | style):
+            figure = new_figure(height)
+            draw_panels(figure, shape, wanted, lines)
+            figure.savefig(plots / name)
+    return [plots / "curves.png", plots / "headline.png"]
+
+
+# ---- compare: several runs -------------------------------------------------------------------------------------------
+
+def group_arms(runs):
+    """{arm: [run of each seed]}, in the order given."""
+    paths = [Path(run).resolve() for run in runs]
+    if len(set(paths)) < len(paths):
+        raise ValueError("compare: the same run is given twice")
+    common, arms = os.path.commonpath([path.parent for path in paths]), {}
+    unique = len({path.name for path in paths}) == len(paths)  # else old/toy and new/toy, two arms, not two seeds of toy
+    for path in paths:
+        name = path.name if unique else os.path.relpath(path, common)
+        arms.setdefault(re.sub(r"(?<=.)-(s|seed)\d+$", "", name), []).append(read_run(path))
+    return arms
+
+
+def over_seeds(seeds, key, x="step"):
+    """(steps (n,), values (seeds, n, 2)): x and metric of every seed at the n steps where all seeds have both."""
+    points = [series(run, key, x) for run in seeds]
+    steps = sorted(set.intersection(*map(set, points)))
+    return steps, np.array([[of_seed[step] for step in steps] for of_seed in points]).reshape(len(seeds), len(steps), 2)
+
+
+def draw_arm(ax, i, name, seeds, key, x):
+    """Mean line and min-max band of arm number i, dotted verticals where its stages meet."""
+    steps, values = over_seeds(seeds, key, x)
+    if not steps:
+        return
+    (mean_x, mean), colour = values.mean(0).T, COLOURS[i % len(COLOURS)]
+    style = (i + i // len(COLOURS)) % len(LINES)  # the eighth arm has the first colour again, but not its line
+    marker = MARKERS[style] if len(mean) == 1 or key.startswith("eval/") and len(mean) <= 40 else ""
+    ax.plot(mean_x, mean, color=colour, ls=LINES[style], marker=marker, label=name)
+    if len(seeds) > 1:
+        ax.fill_between(mean_x, values[..., 1].min(0), values[..., 1].max(0), color=colour, alpha=.18, lw=0)
+    for _, border, _ in stage_spans(seeds[0])[1:]:
+        ax.axvline(np.interp(border, steps, mean_x), color=colour, ls=":", lw=1)
+
+
+def compare(runs, out=None):
+    """Overlays runs against steps, optimizer steps and generated tokens, prints the table; returns the picture's path.
+
+    out: a picture file, or a folder for compare.png; by default the folder that holds the runs."""
+    from matplotlib import rc_context, ticker
+    arms, out = group_arms(runs), Path(out or os.path.commonpath([Path(run).resolve().parent for run in runs]))
+    out = out if out.suffix and not out.is_dir() else out / "compare.png"
+    metrics = {"eval/avg@": "held-out accuracy\n(avg@k, share)", "eval/entropy": "held-out entropy\n(nats per token)",
+               "actor/entropy": "training entropy\n(nats per token)",
+               "eval/distinct": "distinct responses\n(share of samples)"}
+    metrics = {key: label for key, label in metrics.items() if any(over_seeds(arm, key)[0] for arm in arms.values())}
+    if not metrics:
+        raise ValueError("compare: these runs hold no training step and no evaluation yet")
+    with rc_context(STYLE | {"font.size": 9.5}):
+        figure, legend = new_figure(.8 + 2.4 * len(metrics)), {}
+        grid = figure.subplots(len(metrics), 3, sharex="col", sharey="row", squeeze=False)
+        for row, (key, label) in zip(grid, metrics.items(), strict=True):
+            for ax, x in zip(row, X_AXES, strict=True):
+                for i, (name, seeds) in enumerate(arms.items()):
+                    draw_arm(ax, i, name, seeds, key, x)
+                handles, names = ax.get_legend_handles_labels()
+                legend |= dict(zip(names, handles, strict=True))
+            row[0].set_ylabel(label)
+        for ax, label in zip(grid[-1], X_AXES.values(), strict=True):
+            ax.set_xlabel(label)
+            ax.xaxis.get_major_locator().set_params(integer=True)
+        grid[-1][2].xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+        figure.legend(legend.values(), legend.keys(), loc="outside upper center", ncols=4, handlelength=4,
+                      title="line: mean over seeds · band: min to max · dotted: a new stage")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out)
+    print(compare_table(arms))
+    return out
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_subparsers(dest="what", required=True)
+    for name, text in (("curves", "draw each run"), ("compare", "overlay runs, seeds of an arm averaged")):
+        sub = what.add_parser(name, help=text)
+        sub.add_argument("runs", nargs="+", metavar="RUN", help="a run folder")
+    sub.add_argument("--out", metavar="FILE", help="the picture (default: compare.png where the runs are)")
+    args, failed = parser.parse_args(), []
+
+    def attempt(function, *inputs):
+        """The result, or one line on stderr: what can be done is done, the exit code tells that something was not."""
+        try:
+            return function(*inputs)
+        except (ValueError, OSError) as error:
+            warn(f"error: {error}")
+            failed.append(function)
+
+    runs = [run for run in args.runs if attempt(metrics_file, run)]
+    if args.what == "compare" and runs:
+        print(attempt(compare, runs, args.out) or "")
+    elif args.what == "curves":
+        for run in runs:
+            print(*attempt(curves, run) or [], summary_table(run), sep="\n")
+    sys.exit(2 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,355 @@
+"""Prompts in, and the toy.
+
+    rows    load_rows     a .jsonl, a .parquet or a hub id -> prompt, answer, solution; no repeats, no contradictions
+    text    render        a prompt template around the question: exactly the characters the model will see
+    tokens  load_prompts  both of the above, tokenised, over-long prompts dropped
+    order   PromptStream  which prompt comes next: reshuffled per epoch, restored from two integers
+    toy     make_toy      a task with real forks and a 0.43 M parameter model, made from nothing in seconds
+
+What a user can get wrong is a ValueError of one line: the config key to change, then file and line. What is not kept is
+counted, and the counts add up to the rows of the source. Nothing heavy is imported up here.
+"""
+import hashlib
+import json
+import math
+import os
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+PROMPT_COLUMNS = ("prompt", "question", "problem")
+ANSWER_COLUMNS = ("answer", "final_answer", "reward_model", "solution")     # the last one: its last \boxed{}
+
+PLAIN = ("8020", "raw")                                 # never through a chat template
+TEMPLATES = ("chat", "dapo", "boxed", *PLAIN)
+BOXED = r"Please reason step by step, and put your final answer within \boxed{}."
+DAPO_HEAD = ("Solve the following math problem step by step. The last line of your response should be of the form "
+             "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n")
+DAPO_TAIL = '\n\nRemember to put your answer on its own line after "Answer:".'
+
+
+@dataclass
+class Prompt:
+    id: int             # index in the source of the first row that has this prompt
+    ids: list[int]      # tokens of `text`
+    text: str           # the rendered prompt
+    answer: str         # gold
+    solution: str = ""  # worked solution, where the source has one (what `kind: sft` learns from)
+
+
+# -------------------------------------------------------------------------------------------------------------- rows
+
+def last_boxed(text: str) -> str:
+    r"""What stands in the last \boxed{…} of `text` (braces balanced, escaped ones not counted), or ""."""
+    start, depth = text.rfind(r"\boxed{") + len(r"\boxed{"), 1
+    for brace in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL) if r"\boxed{" in text else ():
+        depth += {"{": 1, "}": -1}.get(brace.group(), 0)
+        if depth == 0:
+            return text[start:start + brace.start()].strip()
+    return ""
+
+
+def _answer_text(value) -> str:
+    """Gold as a string, as the verifiers compare it: 27.0 -> "27", ["2"] -> "2", "025" -> "25", null and NaN -> ""."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, list):
+        return ", ".join(map(_answer_text, value))
+    if not isinstance(value, str | int | float):
+        raise TypeError(f"the answer should be text, a number or a list of them, not {type(value).__name__}")
+    text = str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
+    # 7 of the 30 answers of AIME 2024 look like "025" in some copies: compared as strings, no 25 would ever be rewarded
+    return re.sub(r"^(-?)0+(?=\d+$)", r"\1", text)
+
+
+def _prompt_text(value):
+    """A str as it is, chat messages as plain dicts, and "" for null or nothing but white space."""
+    if value is None or isinstance(value, str):
+        return value if value and value.strip() else ""
+    if not (isinstance(value, list) and all(isinstance(m, dict) and isinstance(m.get("role"), str)
+                                            and isinstance(m.get("content"), str | None) for m in value)):
+        raise TypeError("the prompt should be text or a list of {role, content} messages")
+    messages = [{"role": m["role"], "content": m["content"] or ""} for m in value]
+    return messages if any(m["content"].strip() for m in messages) else ""
+
+
+def _fields(row: dict) -> tuple:
+    """A raw row of any known schema -> (prompt, answer, solution), "" for what is missing."""
+    prompt = _prompt_text(next((row[c] for c in PROMPT_COLUMNS if row.get(c)), None))
+    solution = row.get("solution") or ""
+    if isinstance(solution, list):                      # OlympiadBench: several ways to solve it
+        solution = solution[0] or ""
+    if not isinstance(solution, str):
+        raise TypeError(f"the solution should be text, not {type(solution).__name__}")
+    if isinstance(row.get("reward_model"), dict):       # DAPO-Math
+        answer = _answer_text(row["reward_model"].get("ground_truth"))
+    elif "answer" in row or "final_answer" in row:
+        answer = _answer_text(row.get("answer")) or _answer_text(row.get("final_answer"))
+    else:                                               # Minerva
+        answer = _answer_text(last_boxed(solution))
+    work, mark, gold = answer.rpartition("####")
+    if mark and "\n" not in gold.strip():               # GSM8K: "48/2 = <<48/2=24>>24 clips …\n#### 1,024"
+        answer = _answer_text(re.sub(r"(?<=\d),(?=\d)", "", gold))
+        # the <<…>> are a calculator's; "Answer:" in place of #### so that sft teaches the form that `dapo` rewards
+        solution = solution or re.sub(r"<<[^<>]*>>", "", work).rstrip() + f"\nAnswer: {answer}"
+    f"{prompt}{answer}{solution}".encode()              # raises on half a surrogate pair, which no tokenizer takes
+    return prompt, answer, solution
+
+
+def _usable(names) -> list[str]:
+    """The columns worth reading (of DAPO-Math's 1.8 M rows we leave the rest on the disk)."""
+    if not set(names) & set(PROMPT_COLUMNS) or not set(names) & set(ANSWER_COLUMNS):
+        raise TypeError(f"needs a column {'|'.join(PROMPT_COLUMNS)} and a column {'|'.join(ANSWER_COLUMNS)}; it has "
+                        + (", ".join(sorted(names)) or "none"))
+    return [n for n in names if n in PROMPT_COLUMNS + ANSWER_COLUMNS]
+
+
+def _records(source: str, key: str) -> Iterator[tuple]:
+    """_fields of every row of any source. Whatever cannot be read is a ValueError that says where."""
+    kind, where, number = os.path.splitext(source)[1], source, 0
+    try:
+        if kind == ".jsonl":
+            names: set[str] = set()
+            with open(source, "rb") as file:            # as bytes: text mode would also end a line at \r
+                for number, line in enumerate(file, 1):
+                    where = f"{source}:{number}"
+                    if line.strip():                    # a blank line is no row
+                        row = json.loads(line)
+                        if not isinstance(row, dict):
+                            raise TypeError(f"a row should be a JSON object, not {type(row).__name__}")
+                        names.update(row)
+                        yield _fields(row)
+            where = source
+            if names:                                   # of all lines together: some writers leave nulls out
+                _usable(names)
+            return
+        if kind == ".parquet":
+            import pyarrow.parquet as pq
+            file = pq.ParquetFile(source)
+            tables = file.iter_batches(4096, columns=_usable(file.schema_arrow.names))
+        else:
+            import datasets
+            name, config, split = (source.split(":") + ["", ""])[:3]
+            data = datasets.load_dataset(name, config or None, split=split or "train")
+            tables = data.select_columns(_usable(data.column_names)).with_format("arrow").iter(4096)
+        for number, row in enumerate(row for table in tables for row in table.to_pylist()):
+            where = f"{source}: row {number}"
+            yield _fields(row)
+    except Exception as e:      # broken JSON or UTF-8, a torn file, no network, no such split: errors of four libraries
+        reason = f"broken JSON, {e.msg}" if isinstance(e, json.JSONDecodeError) else str(e).strip() or type(e).__name__
+        raise ValueError(f"{key}: {where}: {reason.splitlines()[0]}") from e
+
+
+def load_rows(source: str, key: str = "data", sft: bool = False) -> tuple[list[dict], dict[str, int]]:
+    """-> (rows {prompt: str or messages, answer, solution, row}, counts {rows, empty, duplicates, conflicting, kept}).
+
+    Source: a path, or a hub id owner/name[:config[:split]] (owner/name::test = default config, split test).
+    Rows of equal prompt are one prompt: DAPO-Math-17k holds each of its rows a hundred times, so that a round of 1024
+    would meet about 29 prompts twice (CURE-9). Where they disagree about the answer the prompt goes altogether, as we
+    cannot know which is right. rows = empty + duplicates + conflicting + kept.
+    `sft`: a row needs a solution instead of an answer, and two solutions of one prompt are two rows.
+    """
+    local = source.endswith((".jsonl", ".parquet"))
+    if local and not os.path.isfile(source):
+        raise ValueError(f"{key}: no such file: {source}")
+    if not local and (os.path.exists(source) or not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]*){0,2}", source)):
+        raise ValueError(f"{key}: {source!r} is no .jsonl or .parquet file and no hub id owner/name[:config[:split]]")
+    counts = dict.fromkeys(("rows", "empty", "duplicates", "conflicting", "kept"), 0)
+    seen: dict = {}                                     # prompt -> [its first row, how often it came, do all agree]
+    for number, (prompt, answer, solution) in enumerate(_records(source, key)):
+        counts["rows"] += 1
+        if not prompt or not (solution if sft else answer):
+            counts["empty"] += 1
+            continue
+        same = prompt if isinstance(prompt, str) else tuple((m["role"], m["content"]) for m in prompt)
+        first = {"prompt": prompt, "answer": answer, "solution": solution, "row": number}
+        entry = seen.setdefault((same, solution) if sft else same, [first, 0, True])
+        entry[1] += 1
+        entry[2] &= entry[0]["answer"] == answer
+    for _, times, agree in seen.values():
+        counts["kept"] += agree
+        counts["duplicates" if agree else "conflicting"] += times - agree
+    assert 2 * counts["rows"] == sum(counts.values()), counts
+    if not counts["kept"]:
+        raise ValueError(f"{key}: {source} {f'has no usable row: {counts}' if counts['rows'] else 'is empty'}")
+    return [row for row, _, agree in seen.values() if agree], counts
+
+
+# ---------------------------------------------------------------------------------------------------- text and tokens
+
+def render(prompt, template: str, tokenizer, system_prompt: str = "") -> str:
+    r"""The text that the model continues. prompt: a str (one user message) or chat messages.
+
+    chat    the tokenizer's own chat template
+    dapo    DAPO-Math's "Answer: $Answer" instruction around the question, unless it is there already
+    boxed   question, newline, "Please reason step by step, and put your final answer within \boxed{}."
+    8020    the same as plain text in 80/20's "User:\n…\n\nAssistant:\n"
+    raw     the text itself; of messages the contents, one a line
+    dapo and boxed go through the chat template where there is one, else as plain text. boxed and 8020 first take off
+    DAPO-Math's instruction: asking for two answer formats gets neither. system_prompt replaces the data's own, if any.
+    """
+    if template not in TEMPLATES:
+        raise ValueError(f"template: {template!r} is none of {', '.join(TEMPLATES)}")
+    if system_prompt and template in PLAIN:
+        raise ValueError(f"system_prompt: template {template} has no place for it: leave it empty")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+    if template in ("dapo", "boxed", "8020"):
+        turn = next((m for m in reversed(messages) if m["role"] == "user"), messages[-1])
+        question = turn["content"].removeprefix(DAPO_HEAD).removesuffix(DAPO_TAIL)
+        if template != "dapo":
+            turn["content"] = question if BOXED in question else f"{question}\n{BOXED}"
+        elif "Answer: $Answer" not in turn["content"]:
+            turn["content"] = DAPO_HEAD + question + DAPO_TAIL
+    if system_prompt:
+        messages = [{"role": "system", "content": system_prompt}, *(m for m in messages if m["role"] != "system")]
+    if template in PLAIN or not tokenizer.chat_template:
+        if template == "chat":
+            raise ValueError("template: chat needs a tokenizer with a chat template; this model's has none")
+        text = "\n".join(m["content"] for m in messages)
+        return f"User:\n{text}\n\nAssistant:\n" if template == "8020" else text
+    from jinja2 import TemplateError
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except TemplateError as e:                          # "System role not supported", "roles must alternate" …
+        raise ValueError(f"template: the tokenizer's chat template refuses the messages or system_prompt: {e}") from e
+
+
+def load_prompts(source: str, tokenizer, template: str, max_prompt_tokens: int, system_prompt: str = "", limit: int = 0,
+                 key: str = "data", sft: bool = False) -> tuple[list[Prompt], dict[str, int]]:
+    """load_rows, rendered and tokenised -> (prompts in the source's order, its counts with too_long and over_limit).
+
+    A prompt of more than max_prompt_tokens is dropped, not cut: a question without its end has no answer. limit > 0
+    keeps the first so many. key: what messages call the source, data or eval_data.
+    """
+    rows, counts = load_rows(source, key, sft)
+    texts = [render(row["prompt"], template, tokenizer, system_prompt) for row in rows]
+    # No special tokens: a chat template writes its own BOS, and some tokenizers would put an EOS *behind* the prompt.
+    # But plain text without BOS is what a Llama has never seen: where its tokenizer puts one (not so Qwen's), so do we.
+    bos = [] if template not in PLAIN and tokenizer.chat_template else [tokenizer.bos_token_id]
+    bos = bos if tokenizer("1")["input_ids"][:1] == bos else []
+    prompts, too_long = [], 0
+    for start in range(0, len(rows), 512):              # in batches, as a fast tokenizer likes it
+        encoded = tokenizer(texts[start:start + 512], add_special_tokens=False)["input_ids"]
+        for row, text, ids in zip(rows[start:], texts[start:], encoded, strict=False):
+            if not ids:
+                raise ValueError(f"model: its tokenizer knows nothing in row {row['row']} of {source}: {text[:60]!r}")
+            ids = ids if ids[:1] == bos else bos + ids
+            if len(ids) > max_prompt_tokens:
+                too_long += 1
+            else:
+                prompts.append(Prompt(row["row"], ids, text, row["answer"], row["solution"]))
+    if not prompts:
+        raise ValueError(f"max_prompt_tokens: all {too_long} prompts of {source} have over {max_prompt_tokens} tokens")
+    kept = prompts[:limit or None]
+    return kept, counts | {"too_long": too_long, "over_limit": len(prompts) - len(kept), "kept": len(kept)}
+
+
+class PromptStream:
+    """Endless indices 0 … n-1, each epoch in an order that depends on (seed, epoch) alone: no ranks, no global RNG.
+
+    `cursor` = [epoch, position] is all that a checkpoint needs: PromptStream(n, seed, *cursor) goes on exactly there.
+    """
+
+    def __init__(self, n: int, seed: str, epoch: int = 0, position: int = 0):
+        assert n > 0 and epoch >= 0 and 0 <= position <= n, (n, epoch, position)
+        self.n, self.seed = n, seed
+        self._start(epoch, position)
+
+    def _start(self, epoch: int, position: int = 0) -> None:
+        self.epoch, self.position, self.order = epoch, position, list(range(self.n))
+        digest = hashlib.sha256(f"{self.seed}/epoch {epoch}".encode()).digest()
+        random.Random(int.from_bytes(digest, "big")).shuffle(self.order)
+
+    @property
+    def cursor(self) -> list[int]:
+        return [self.epoch, self.position]
+
+    def take(self, k: int, exclude: set[int] = frozenset()) -> list[int]:
+        """The next k indices, none twice and none of `exclude` (what this step has drawn); fewer if no more are left.
+
+        Only an epoch that begins within a step can bring an index again. It is passed over, not put off: it was seen
+        just now, and remembering it would take more than two integers.
+        """
+        taken, seen = [], {i for i in exclude if 0 <= i < self.n}
+        while len(taken) < k and len(seen) < self.n:
+            if self.position == self.n:
+                self._start(self.epoch + 1)
+            index = self.order[self.position]
+            self.position += 1
+            if index not in seen:
+                seen.add(index)
+                taken.append(index)
+        return taken
+
+
+# ------------------------------------------------------------------------------------------------------------ the toy
+
+def toy_problem(rng: random.Random, n: int = 4) -> tuple[str, str, str]:
+    r"""-> (prompt, solution, answer): "20+27+6+29?", " 20+27=47;6+47=53;53+29=82;\boxed{82}", "82".
+
+    Which two of the remaining numbers come next is a real fork, uniform over ordered pairs; their sum, which joins the
+    rest, is none. In small what CURE and 80/20 see in a chain of thought: few tokens that decide, many that follow.
+    """
+    pool = [rng.randint(2, 30) for _ in range(n)]
+    prompt, steps = "+".join(map(str, pool)) + "?", ""
+    while len(pool) > 1:
+        i, j = rng.sample(range(len(pool)), 2)
+        a, b = pool[i], pool[j]
+        pool = [x for at, x in enumerate(pool) if at not in (i, j)] + [a + b]
+        steps += f"{a}+{b}={a + b};"
+    return prompt, f" {steps}\\boxed{{{pool[0]}}}", str(pool[0])
+
+
+def toy_regions(text: str) -> dict[str, list[bool]]:
+    r"""Per character of a response: does it choose operands (20+27), is it a digit of a result (47; the 82 in \boxed)?
+
+    Takes any text, half-trained models write all sorts: "6+4" cut off is operands still, "=" and letters are neither.
+    """
+    part, operands, results = "operands", [], []
+    for c in text:
+        part = {";": "operands", "=": "results", "{": "results", "\\": "", "}": ""}.get(c, part)
+        operands.append(part == "operands" and c in "0123456789+")
+        results.append(part == "results" and c in "0123456789")
+    return {"operands": operands, "results": results}
+
+
+def make_toy(folder: str, n_train: int = 4000, n_heldout: int = 256, n_sft: int = 48000, seed: int = 0) -> None:
+    """Into `folder`: an untrained model as an ordinary HF folder, and train.jsonl, heldout.jsonl, sft.jsonl.
+
+    No held-out problem is in the others, in any order of its numbers (29 values make 35,960 multisets of 4). No file
+    has a prompt twice. The same seed makes the same files and weights. Global random states stay as they are.
+    """
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+    assert n_heldout <= 10_000 and max(n_train, n_sft) <= 300_000, "too much to draw from 29^4 = 707,281 prompts"
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as e:
+        raise ValueError(f"toy_dir: cannot make the folder {folder}: {e.strerror}") from e
+    rng, held = random.Random(seed), set()
+    for name, count in (("heldout", n_heldout), ("train", n_train), ("sft", n_sft)):
+        rows: dict[str, dict] = {}
+        while len(rows) < count:
+            prompt, solution, answer = toy_problem(rng)
+            numbers = tuple(sorted(map(int, prompt[:-1].split("+"))))
+            if prompt in rows or numbers in held:
+                continue
+            if name == "heldout":
+                held.add(numbers)
+            rows[prompt] = {"prompt": prompt, "answer": answer} | ({"solution": solution} if name == "sft" else {})
+        with open(os.path.join(folder, f"{name}.jsonl"), "w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows.values())
+    # A BPE without merges is a character-level tokenizer. It must be Qwen2's own class (which writes " " as "Ġ"): for a
+    # qwen2 model AutoTokenizer overrules the class named in the folder, and any other would come back blind to spaces.
+    symbols = ["<|pad|>", "<|endoftext|>", *"0123456789+=;?Ġ\\boxed{}"]
+    tokenizer = Qwen2Tokenizer(vocab={s: i for i, s in enumerate(symbols)}, merges=[], unk_token=None,
+                               pad_token=symbols[0], eos_token=symbols[1], clean_up_tokenization_spaces=False)
+    config = Qwen2Config(vocab_size=len(symbols), hidden_size=128, intermediate_size=384, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128,
+                         tie_word_embeddings=True, bos_token_id=None, pad_token_id=0, eos_token_id=1)
+    with torch.random.fork_rng(devices=[]):             # the init draws from the global CPU generator: restore it
+        torch.default_generator.manual_seed(seed)       # (torch.manual_seed would reseed CUDA as well)
+        model = Qwen2ForCausalLM(config)
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)                       # with a generation_config that holds eos and pad

@@ -1,0 +1,169 @@
+"""The numbers that train the policy. Tensors in, tensors out: no config, no distributed, no logging, nothing of ours imported.
+
+Symbols: N rollouts · T response tokens of a micro-batch, packed one rollout after the other · V vocabulary · D width.
+Papers: DAPO = arXiv 2503.14476, 80/20 = arXiv 2506.01939, CURE = arXiv 2508.11016, TIS = F. Yao et al. 2025.
+"""
+
+import math
+
+import torch
+
+
+# ---------------------------------------------------------------------------------------------------------------- the head
+def _logits(hidden, weight, temperature):
+    """(C, D), (V, D) -> (C, V) in fp32. bf16 logits are off by up to 0.06 nats at |z| ~ 20 (8 bits of mantissa), which is
+    more than a typical policy ratio moves in one step: multiply in bf16 if we must, but accumulate *and keep* fp32."""
+    if hidden.is_cuda and hidden.dtype == torch.bfloat16:
+        z = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    else:
+        z = hidden.float() @ weight.float().t()
+    return z if temperature == 1.0 else z.div_(temperature)
+
+
+class _ChunkedHead(torch.autograd.Function):
+    """Log-prob and entropy without ever holding a (T, V) tensor: at T = 16k, V = 152k that one tensor would be 10 GB,
+    and autograd would keep several. Each chunk's logits are made, reduced and dropped; backward makes them again
+    (4 head products instead of 3)."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, tokens, temperature, chunk):
+        T = hidden.shape[0]
+        logp, entropy, lse = (torch.empty(T, dtype=torch.float32, device=hidden.device) for _ in range(3))
+        for a in range(0, T, chunk):
+            s = slice(a, a + chunk)
+            z = _logits(hidden[s], weight, temperature)  # (C, V)
+            lse[s] = z.logsumexp(-1)
+            z -= lse[s, None]  # now log-probabilities
+            logp[s] = z.gather(-1, tokens[s, None])[:, 0]
+            # a token of probability 0 has log p = -inf; its share of the entropy is 0, not 0 * inf = nan
+            entropy[s] = -(z.exp() * z).nan_to_num_(nan=0.0).sum(-1) + 0.0 * lse[s]  # a nan in the logits stays a nan
+        ctx.save_for_backward(hidden, weight, tokens, lse, entropy)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.set_materialize_grads(False)  # entropy is usually not differentiated: then its gradient is None, and free
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx, g_logp, g_entropy):
+        hidden, weight, tokens, lse, entropy = ctx.saved_tensors
+        d_hidden = torch.zeros_like(hidden)
+        d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        if g_logp is None and g_entropy is None:
+            return None, None, None, None, None
+        for a in range(0, hidden.shape[0], ctx.chunk):
+            s = slice(a, a + ctx.chunk)
+            z = _logits(hidden[s], weight, ctx.temperature).sub_(lse[s, None])  # log p, recomputed
+            p = z.exp()
+            if g_entropy is not None:  # dH/dz_v = -p_v (log p_v + H)
+                z.add_(entropy[s, None]).mul_(p).nan_to_num_(nan=0.0).mul_(-g_entropy[s, None])
+            if g_logp is not None:  # d log p_tok / dz_v = 1[v = tok] - p_v
+                p.mul_(-g_logp[s, None])
+                p.scatter_add_(1, tokens[s, None], g_logp[s, None])
+                z = p if g_entropy is None else z.add_(p)
+            dz = z.div_(ctx.temperature).to(hidden.dtype)
+            d_hidden[s] = dz @ weight
+            d_weight += (dz.t() @ hidden[s]).float()
+        return d_hidden, d_weight.to(weight.dtype), None, None, None
+
+
+def logp_and_entropy(hidden, weight, tokens, temperature=1.0, chunk=1024):
+    """Log-probability of each sampled token, and entropy of the distribution it was drawn from (80/20 eq. 1).
+
+    hidden (T, D): last hidden states at the positions that *produced* the tokens (the shift is the caller's: policy.pack).
+    weight (V, D): the LM head. tokens (T,) int64. temperature: the sampling temperature; logits are divided by it.
+    Returns logp (T,), entropy (T,), nats, fp32 whatever the input dtype. Differentiable in hidden and weight through both;
+    chunk rows of logits live at a time, forward and backward."""
+    if temperature <= 0:
+        raise ValueError(f"temperature must be > 0 to score tokens, got {temperature}")
+    return _ChunkedHead.apply(hidden, weight, tokens, float(temperature), chunk)
+
+
+# ------------------------------------------------------------------------------------------------------ advantage and loss
+def group_advantages(scores, group):
+    """A = (s - mean) / (std + 1e-6) over each group of rollouts of one prompt, std with n - 1 (GRPO; DAPO eq. 9).
+
+    scores (N,) float, group (N,) any integers; returns (N,) fp32. A group of one has nothing to be compared with: A = 0."""
+    s = scores.double()
+    _, g = torch.unique(group, return_inverse=True)
+    n = torch.bincount(g).double()  # (groups,)
+    mean = torch.bincount(g, weights=s) / n
+    dev = s - mean[g]
+    std = (torch.bincount(g, weights=dev * dev) / (n - 1).clamp(min=1)).sqrt()
+    return (dev / (std[g] + 1e-6)).float()
+
+
+def policy_loss(logp, old_logp, advantage, clip_low=0.2, clip_high=0.28, clip_dual=10.0):
+    """PPO-clip loss of each token with DAPO's wider upper bound, and the dual clip for A < 0 (arXiv 1912.09729).  (DAPO-1)
+
+    logp, old_logp, advantage (T,) fp32. Returns the loss (T,), to be minimised, and a dict of per-token bools
+    clipped_low / clipped_high (the clipped branch is the active one, so the token's gradient is 0) and clipped_dual."""
+    log_ratio = (logp - old_logp).clamp(-20, 20)  # exp(20) = 5e8 is far outside every clip, and finite
+    ratio = log_ratio.exp()
+    plain = -advantage * ratio
+    clipped = -advantage * ratio.clamp(1 - clip_low, 1 + clip_high)
+    loss = torch.maximum(plain, clipped)
+    dual = -advantage * clip_dual
+    is_dual = (advantage < 0) & (loss > dual)
+    active = clipped > plain
+    flags = {"clipped_low": active & (advantage < 0), "clipped_high": active & (advantage > 0), "clipped_dual": is_dual}
+    return torch.where(is_dual, dual, loss), flags
+
+
+def token_weights(counts, lengths, agg, n_tokens, n_sequences):
+    """Weight of each token's loss, so that the minibatch loss is a plain sum over tokens, micro-batches and ranks.
+
+    lengths (n,): response tokens of the micro-batch's n rollouts; counts (n,): how many of them enter the mean (fewer under
+    an entropy mask). n_tokens, n_sequences: totals of counts and rollouts in the *minibatch over all ranks*, known before
+    the forward, so packing and rank count cannot change the gradient. Returns (sum(lengths),) fp32.  (DAPO-2)
+      token:    1 / n_tokens                       one mean over all tokens (DAPO eq. 8)
+      sequence: 1 / (count_i * n_sequences)        mean of each response, then of responses (GRPO)
+      micro:    (n / n_sequences) / sum(counts)    the CURE reference: a token mean per micro-batch, weighted by its number
+                                                   of sequences; it changes with packing, hence not our default
+    """
+    counts = counts.clamp(min=1)
+    if agg == "token":
+        per_row = torch.full_like(counts, 1 / max(1, n_tokens), dtype=torch.float32)
+    elif agg == "sequence":
+        per_row = 1 / (counts.float() * n_sequences)
+    elif agg == "micro":
+        n = len(counts)
+        per_row = torch.full_like(counts, n / n_sequences / max(1, int(counts.sum())), dtype=torch.float32)
+    else:
+        raise ValueError(f"agg must be token, sequence or micro, got {agg!r}")
+    return per_row.repeat_interleave(lengths)
+
+
+# ------------------------------------------------------------------------------------------------------------ entropy mask
+def n_kept(n, rho):
+    """How many of n tokens the 80/20 mask keeps: max(1, ceil(rho n)). The round() undoes 0.2 * 10 = 2.0000000000000004."""
+    return max(1, math.ceil(round(rho * n, 6))) if n else 0
+
+
+def entropy_mask(entropy, rho, side="top", generator=None):
+    """The 80/20 mask (eq. 6): keep exactly max(1, ceil(rho * T)) tokens, those of highest entropy.  (8020-1)
+
+    entropy (T,) -> bool (T,). side: top, bottom (the paper's ablation, with rho .8) or random (its null; needs generator).
+    Exactly k even where entropies tie: of equal ones the lower position is kept."""
+    T = len(entropy)
+    if side == "random":
+        order = torch.randperm(T, generator=generator)
+    elif side in ("top", "bottom"):
+        order = torch.argsort(entropy, descending=side == "top", stable=True)
+    else:
+        raise ValueError(f"entropy_mask_side must be top, bottom or random, got {side!r}")
+    keep = torch.zeros(T, dtype=torch.bool, device=entropy.device)
+    keep[order[: n_kept(T, rho)].to(entropy.device)] = True
+    return keep
+
+
+# ------------------------------------------------------------------------------------------------------- trainer vs engine
+def mismatch(logp, engine_logp):
+    """How far the trainer is from the engine that sampled: both (T,). mean |d|, max |d| and the k3 estimate of the KL
+    (mean(e^d - 1 - d) >= 0, d = logp - engine_logp; J. Schulman 2020), as floats."""
+    d = (logp - engine_logp).double()
+    return {"mean_abs": d.abs().mean().item(), "max_abs": d.abs().max().item(), "k3": (d.expm1() - d).mean().item()}
+
+
+def truncated_importance(old_logp, engine_logp, cap):
+    """Token-level truncated importance weight min(pi_train_old / pi_engine, cap), detached: multiplied into the token's loss
+    it corrects for an engine whose probabilities differ a little from the trainer's (TIS). All (T,)."""
+    return (old_logp - engine_logp).clamp(-20, 20).exp().clamp(max=cap).detach()

@@ -1,0 +1,286 @@
+"""The trained model: Hugging Face weights under FSDP2, the packed forward, micro-batches, one optimizer step.
+
+Symbols: T packed input tokens of a micro-batch · R response tokens in it · n its rollouts · V vocabulary · D width.
+"""
+
+import datetime
+import inspect
+import os
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers.utils import logging as hf_logging
+
+from loss import logp_and_entropy
+
+# torch 2.11 has no enable_gqa argument (its kernel accepts fewer kv heads as it is); later releases want it said
+GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
+def init_distributed():
+    """Process group for `python` (a world of one, no port opened) and `torchrun` alike -> (rank, world, device)."""
+    rank, local = int(os.environ.setdefault("RANK", "0")), int(os.environ.setdefault("LOCAL_RANK", "0"))
+    world = int(os.environ.setdefault("WORLD_SIZE", "1"))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        # one rank may wait long for another: verifiers, a long rollout, the toy's base model being made
+        wait = datetime.timedelta(hours=2)
+        backend = "nccl" if cuda else "gloo"
+        store = {} if "MASTER_ADDR" in os.environ else {"store": dist.HashStore(), "rank": rank, "world_size": world}
+        dist.init_process_group(backend, timeout=wait, **store)
+    return rank, world, device
+
+
+def packed_attention(module, query, key, value, mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **kwargs):
+    """Causal attention within each sequence of one packed row; tokens never see another sequence.
+
+    query (1, heads, T, d), key/value (1, kv_heads, T, d), cu_seq_lens_q (n + 1,) int32 borders -> (1, T, heads, d), None.
+    CUDA: torch's own variable-length flash kernel. Elsewhere a loop over sequences: the same numbers, no T x T mask."""
+    if query.is_cuda:
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, d)
+        cu, longest = cu_seq_lens_q, max_length_q
+        out = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scaling, window_size=(-1, 0), **GQA)
+        return out[None], None
+    border = cu_seq_lens_q.tolist()
+    rows = [
+        F.scaled_dot_product_attention(
+            query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], is_causal=True, scale=scaling, enable_gqa=True
+        )
+        for a, b in zip(border, border[1:], strict=False)
+    ]
+    return torch.cat(rows, 2).transpose(1, 2), None
+
+
+AttentionInterface.register("packed", packed_attention)
+hf_logging.disable_progress_bar()  # one bar, ours
+
+
+# ------------------------------------------------------------------------------------------------------------ micro-batches
+def pack(rollouts, device):
+    """Rollouts one after the other in a single row, without padding -> dict for PackedLM.forward.
+
+    The one place of the one-token shift: the logits at position i are for token i + 1, so a rollout's last token is never
+    an input, and `index` holds the positions whose hidden states *produced* the response tokens `targets` (R,).
+    No rollouts: one dummy token and no targets, so that a rank with nothing to do still joins FSDP's collectives."""
+    ids, pos, index, targets, cu = [], [], [], [], [0]
+    for r in rollouts:
+        seq = r.prompt_ids + r.prefix_ids + r.response_ids
+        first = len(seq) - len(r.response_ids)
+        if not 0 < first < len(seq):
+            raise AssertionError(f"a rollout needs a prompt and a response, got {first} + {len(r.response_ids)} tokens")
+        index += range(cu[-1] + first - 1, cu[-1] + len(seq) - 1)
+        targets += r.response_ids
+        ids += seq[:-1]
+        pos += range(len(seq) - 1)
+        cu.append(len(ids))
+    if not rollouts:
+        ids, pos, cu = [0], [0], [0, 1]
+    lengths = [b - a for a, b in zip(cu, cu[1:], strict=False)]
+
+    def tensor(x, dtype=torch.long):
+        return torch.tensor(x, dtype=dtype, device=device)
+
+    return {
+        "input_ids": tensor(ids)[None],  # (1, T)
+        "position_ids": tensor(pos)[None],  # (1, T)
+        "cu_seqlens": tensor(cu, torch.int32),  # (n + 1,)
+        "max_len": max(lengths),
+        "index": tensor(index),  # (R,)
+        "targets": tensor(targets),  # (R,)
+    }
+
+
+def packed_length(r):
+    """Input tokens a rollout takes in a micro-batch."""
+    return len(r.prompt_ids) + len(r.prefix_ids) + len(r.response_ids) - 1
+
+
+def bins(lengths, indices, k):
+    """Spread `indices` over k bins of nearly equal total length: longest first, always into the emptiest bin
+    (at most 4/3 of the best possible maximum: R. L. Graham 1969). Each bin is in ascending order."""
+    out, load = [[] for _ in range(k)], [0] * k
+    for i in sorted(indices, key=lambda i: (-lengths[i], i)):
+        b = load.index(min(load))
+        out[b].append(i)
+        load[b] += lengths[i]
+    return [sorted(b) for b in out]
+
+
+def partition(lengths, world, budget):
+    """Rollouts of one minibatch -> [rank][micro-batch][index]: balanced over ranks by tokens, at most `budget` tokens a
+    micro-batch, and equally many micro-batches on every rank, since each is one collective forward. Every rank computes
+    the whole plan from the same lengths: no communication. A sequence over the budget is a ValueError."""
+    if lengths and max(lengths) > budget:
+        raise ValueError(f"micro_batch_tokens={budget} is smaller than one sequence of {max(lengths)} tokens: raise it")
+    ranks = bins(lengths, range(len(lengths)), world)
+    k = max(1, *(-(-sum(lengths[i] for i in r) // budget) for r in ranks))
+    while True:
+        plan = [bins(lengths, r, k) for r in ranks]
+        if all(sum(lengths[i] for i in b) <= budget for p in plan for b in p):
+            return plan
+        k += 1
+
+
+# ---------------------------------------------------------------------------------------------------------------- the model
+class PackedLM(torch.nn.Module):
+    """A causal LM whose forward ends in (logp, entropy). The head is applied *inside* the FSDP root's forward: there
+    lm_head.weight is gathered, once, and stays so through all chunks and the backward."""
+
+    def __init__(self, lm, chunk):
+        super().__init__()
+        self.lm, self.chunk = lm, chunk
+
+    def forward(self, input_ids, position_ids, cu_seqlens, max_len, index, targets, temperature):
+        hidden = self.lm.base_model(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False, cu_seq_lens_q=cu_seqlens, max_length_q=max_len
+        ).last_hidden_state[0]  # (T, D)
+        head = self.lm.get_output_embeddings().weight  # (V, D)
+        return logp_and_entropy(hidden[index], head, targets, temperature, self.chunk)  # (R,), (R,)
+
+
+class Policy:
+    """fp32 master weights, sharded over all ranks by FSDP2 (one group a block, the rest in the root); compute in `dtype`
+    (fp32 on CPU, bf16 on CUDA), gradients reduced in fp32. All public methods but pack-free properties are collectives:
+    every rank calls them, in the same order."""
+
+    def __init__(self, cfg, path, device):
+        try:
+            lm = AutoModelForCausalLM.from_pretrained(
+                path, dtype=torch.float32, attn_implementation="packed", use_safetensors=True, trust_remote_code=False
+            )
+        except (OSError, ValueError) as e:
+            raise ValueError(f"model: cannot load {path!r}: {str(e).splitlines()[0]}") from e
+        self.device, self.cfg = device, cfg
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.config, self.generation_config = lm.config, lm.generation_config
+        self.n_params = sum(p.numel() for p in lm.parameters())
+        self.dtype = compute_dtype(cfg, device)
+        lm.eval()  # no dropout: old and new log-probs must be of the same function
+        if cfg.activation_checkpointing:
+            lm.gradient_checkpointing_enable({"use_reentrant": False})
+            lm.train()  # transformers checkpoints in train mode only; the models used here have dropout 0
+        self.model = PackedLM(lm, cfg.head_chunk)
+        mesh = init_device_mesh(device.type, (self.world,))
+        mp = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32)
+        for block in lm.base_model.layers:
+            fully_shard(block, mesh=mesh, mp_policy=mp)
+        fully_shard(self.model, mesh=mesh, mp_policy=mp)
+        for m in self.model.modules():
+            if isinstance(m, FSDPModule):  # our losses are sums over all ranks already: add gradients, do not average
+                m.set_force_sum_reduction_for_comms(True)
+                m.set_gradient_divide_factor(1.0)
+        self.new_optimizer(cfg)
+
+    def new_optimizer(self, cfg):
+        """A fresh AdamW, weight decay on all parameters (the reference's setting)."""
+        self.opt = torch.optim.AdamW(
+            self.model.parameters(), lr=cfg.lr, betas=tuple(cfg.betas), eps=1e-8, weight_decay=cfg.weight_decay, fused=True
+        )
+
+    def forward(self, rollouts, temperature):
+        """(logp (R,), entropy (R,)) fp32 of the response tokens of one micro-batch, rollout after rollout."""
+        return self.model(**pack(rollouts, self.device), temperature=temperature)
+
+    @torch.no_grad()
+    def score(self, micro_batches, temperature):
+        """Log-probs and entropies of this rank's micro-batches (lists of rollouts): -> [(logp, entropy)] per rollout in
+        order, numpy fp32 (T,). Ranks may bring different numbers of micro-batches, none included: the rest are dummies."""
+        count = torch.tensor(len(micro_batches), device=self.device)
+        dist.all_reduce(count, op=dist.ReduceOp.MAX)
+        out = []
+        for i in range(int(count)):
+            mb = micro_batches[i] if i < len(micro_batches) else []
+            both = torch.stack(self.forward(mb, temperature)).cpu().numpy()  # (2, R)
+            cuts = np.cumsum([len(r.response_ids) for r in mb])
+            out += [(x[0], x[1]) for x in np.split(both, cuts, axis=1)[:-1]]
+        self.model.reshard()  # FSDP2 leaves the root gathered after a forward without backward
+        return out
+
+    def score_local(self, rollouts, temperature):
+        """score() for any list of rollouts of this rank, packed into micro-batches here, results in the list's order."""
+        plan = partition([packed_length(r) for r in rollouts], 1, self.cfg.micro_batch_tokens)[0]
+        flat = [i for mb in plan for i in mb]
+        scored = self.score([[rollouts[i] for i in mb] for mb in plan], temperature)
+        out = [None] * len(rollouts)
+        for i, s in zip(flat, scored, strict=True):
+            out[i] = s
+        return out
+
+    def update(self, micro_batches, loss_fn, temperature, lr, grad_clip):
+        """One optimizer step on one minibatch. loss_fn(rollouts, logp, entropy) -> scalar, already divided by the
+        minibatch's totals over all ranks. Returns (gradient norm, taken): a norm that is not finite means no step, on
+        every rank alike, because the norm is of the whole gradient."""
+        for mb in micro_batches:
+            logp, entropy = self.forward(mb, temperature)
+            loss_fn(mb, logp, entropy).backward()  # frees this micro-batch's graph
+        grads = [p.grad.to_local() for p in self.model.parameters()]
+        # squares in float64: the norm must not depend on how many ranks the parameters are cut into
+        total = torch.stack([g.double().square().sum() for g in grads]).sum()
+        dist.all_reduce(total)
+        norm = total.sqrt().item()
+        taken = bool(np.isfinite(norm))
+        if taken:
+            if grad_clip > 0 and norm > grad_clip:
+                torch._foreach_mul_(grads, grad_clip / (norm + 1e-6))
+            for group in self.opt.param_groups:
+                group["lr"] = lr
+            self.opt.step()
+        self.opt.zero_grad(set_to_none=True)
+        return norm, taken
+
+    # ----------------------------------------------------------------------------------------------------- weights in and out
+    def named_full(self, dtype=None):
+        """(HF name, full tensor) one after the other, each gathered from its shards when asked for and freed by the
+        caller: never a second copy of the model. A collective. Tied weights appear once."""
+        for name, p in self.model.named_parameters():
+            yield name.removeprefix("lm."), p.detach().to(dtype or self.dtype).full_tensor()
+
+    def save_hf(self, folder, tokenizer):
+        """Write an ordinary Hugging Face folder in the compute dtype (safetensors, config, tokenizer, generation config)."""
+        state = {}
+        for name, full in self.named_full():
+            if self.rank == 0:
+                state[name] = full.cpu()
+        if self.rank == 0:
+            lm = self.model.lm
+            if lm.config.tie_word_embeddings:
+                state["lm_head.weight"] = state[next(n for n in state if n.endswith("embed_tokens.weight"))]
+            lm.save_pretrained(folder, state_dict=state)
+            tokenizer.save_pretrained(folder)
+
+    def state(self):
+        """Model and Adam state as one flat dict of sharded tensors, for torch.distributed.checkpoint."""
+        out = {}
+        for name, p in self.model.named_parameters():
+            out["model." + name] = p.detach()
+            for key in ("exp_avg", "exp_avg_sq"):
+                if p in self.opt.state:
+                    out[f"{key}.{name}"] = self.opt.state[p][key]
+        return out
+
+    @property
+    def adam_step(self):
+        """Optimizer steps taken since the optimizer was made."""
+        return int(next((s["step"] for s in self.opt.state.values()), 0))
+
+    def prepare_adam(self, step):
+        """Give the optimizer empty moments at `step`, for a checkpoint to be loaded into."""
+        for p in self.model.parameters() if step else []:
+            moments = {k: torch.zeros_like(p.detach()) for k in ("exp_avg", "exp_avg_sq")}
+            self.opt.state[p] = {"step": torch.tensor(float(step), device=self.device), **moments}
+
+
+def compute_dtype(cfg, device):
+    """The dtype of forward and backward: cfg.dtype, where auto is bf16 on CUDA and fp32 elsewhere."""
+    if cfg.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, cfg.dtype)
