@@ -197,6 +197,8 @@ def draw_panels(figure, shape, panels, run):
             low, high = np.log10(ax.get_ylim())
             ax.set_ylim(10 ** np.floor(low), 10 ** np.ceil(high))
             ax.yaxis.set_minor_formatter("")  # whole decades, so that the powers of ten are labels enough
+        elif all((line.get_ydata() >= 0).all() for line in ax.lines):  # a share that is always 0 needs no axis below 0
+            ax.set_ylim(bottom=max(ax.get_ylim()[0], -.05 * ax.get_ylim()[1]))
         ax.legend(loc="lower left", bbox_to_anchor=(-.02, 1.06), ncols=3, fontsize="small", columnspacing=1,
                   handlelength=1 if phases else 2.4, handletextpad=.5, borderaxespad=.2, labelspacing=.3)
         legend_rows = -(-len(ax.get_legend_handles_labels()[0]) // 3)
@@ -245,7 +247,7 @@ def group_arms(runs):
     if len(set(paths)) < len(paths):
         raise ValueError("compare: the same run is given twice")
     common, arms = os.path.commonpath([path.parent for path in paths]), {}
-    unique = len({path.name for path in paths}) == len(paths)  # else old/toy and new/toy, two arms, not two seeds of toy
+    unique = len({path.name for path in paths}) == len(paths)  # or old/toy and new/toy: two arms, not two seeds
     for path in paths:
         name = path.name if unique else os.path.relpath(path, common)
         arms.setdefault(re.sub(r"(?<=.)-(s|seed)\d+$", "", name), []).append(read_run(path))

@@ -9,8 +9,6 @@ all right nor all wrong, and take PPO-clip steps on them. Stage 2, and plain DAP
 Symbols: P prompts · n1, n2, G = n1 (1 + n2) rollouts a prompt · N = P G · T tokens.
 """
 
-import argparse
-import difflib
 import json
 import math
 import os
@@ -18,20 +16,19 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from omegaconf import OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from tqdm import tqdm
 
 import analyze
 import data
 import rollout
+from config import FREE_KEYS, load_config
 from eval import evaluate
 from loss import entropy_mask, group_advantages, mismatch, n_kept, policy_loss, token_weights, truncated_importance
 from policy import Policy, compute_dtype, init_distributed, packed_length, partition
@@ -39,173 +36,6 @@ from reward import VerifierPool, self_test
 from rollout import Rollout, Task, allowed_tokens, collect, gather, request_seed, timed
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-
-
-# ------------------------------------------------------------------------------------------------------------------- config
-@dataclass
-class Config:
-    """Every setting, flat. Defaults < file < its stage entry < command line. Defaults are stage 1 of the CURE reference."""
-
-    # what is trained, on what
-    model: str = "Qwen/Qwen2.5-Math-7B"  # hub id or HF folder; "toy" makes the toy's base model in toy_dir
-    data: str = "BytedTsinghua-SIA/DAPO-Math-17k"  # hub id, .parquet or .jsonl; "toy"
-    template: str = "chat"  # chat | dapo | boxed | 8020 | raw: how a question becomes a prompt (data.render)
-    system_prompt: str = ""
-    stop_token_ids: list[int] = field(default_factory=list)  # [] = eos of tokenizer and generation config
-    verifier: str = "dapo"  # dapo | boxed | math_verify
-    toy_dir: str = "runs/toy-base"  # made once, reused by every run
-    # the stage
-    kind: str = "rl"  # rl | sft: sft = cold start on the data's solutions
-    steps: int = 300  # training steps of the stage
-    stop_at_accuracy: float = 0.0  # sft: end the stage at the first evaluation that reaches this avg@k; 0 = never
-    # sampling and branching (CURE)
-    n1: int = 4  # base responses a prompt
-    n2: int = 3  # branches a base response; 0 = no branching: DAPO with G = n1
-    critical: str = "entropy"  # entropy | random | none: how t* is chosen (none: t* = 0, a plain resample)
-    critical_top_k: int = 20  # t* is drawn from so many valid positions of highest entropy
-    min_token_chars: int = 2  # a critical token has at least so many characters; 1 for character-level tokenizers
-    clause: str = "prefix"  # prefix | last: what of the parent's response a branch starts from
-    max_prompt_tokens: int = 1500  # prompt, and prompt + prefix
-    max_response_tokens: int = 2596
-    temperature: float = 1.0  # of sampling, and of every log-prob and entropy
-    top_p: float = 1.0  # must stay 1 in training: a truncated distribution would bias every ratio
-    prompts_per_step: int = 512  # groups kept for one training step
-    prompts_per_round: int = 1024  # prompts sampled in one round of dynamic sampling
-    prompts_per_minibatch: int = 32  # groups of one optimizer step
-    max_rounds: int = 10
-    on_starved: str = "train"  # train | raise: what to do when max_rounds did not fill the step
-    # reward
-    overlong_buffer: int = 512  # tokens before max_response_tokens in which the penalty grows to overlong_factor; 0 = off
-    overlong_factor: float = 1.0
-    overlong_scope: str = "continuation"  # continuation | total: does a branch's prefix count as length
-    reward_scope: str = "response"  # response | continuation: does the verifier see a branch's prefix
-    # loss
-    clip_low: float = 0.2
-    clip_high: float = 0.28  # DAPO's clip-higher
-    clip_dual: float = 10.0  # bound on the loss of a token with A < 0
-    agg: str = "token"  # token | sequence | micro: how token losses become one number (loss.token_weights)
-    tis_cap: float = 0.0  # truncated importance weight trainer/engine, e.g. 2.0; 0 = off
-    entropy_mask_rho: float = 1.0  # 80/20: keep this share of tokens; 1 = all
-    entropy_mask_side: str = "top"  # top | bottom | random
-    entropy_mask_scope: str = "mini"  # mini: exact-k over the minibatch and all ranks | micro: per micro-batch (official code)
-    entropy_mask_norm: str = "kept"  # kept | all: what the masked loss is divided by
-    reuse_entropy_logp: bool = False  # base rollouts' old log-probs from the entropy pass; ratio 1 only up to rounding
-    # optimizer: AdamW, eps 1e-8, weight decay on all parameters
-    lr: float = 1e-6
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    weight_decay: float = 0.1
-    grad_clip: float = 1.0
-    warmup: int = 10  # training steps; the first one already has lr / warmup
-    # machine
-    engine: str = "auto"  # auto | vllm | torch; auto = vllm where CUDA and vllm are there
-    dtype: str = "auto"  # auto | float32 | bfloat16: of forward and backward; master weights are always fp32
-    micro_batch_tokens: int = 16384  # packed tokens of one forward
-    head_chunk: int = 1024  # tokens whose logits exist at one time
-    activation_checkpointing: bool = False
-    engine_rows: int = 256  # torch engine: sequences decoded together
-    engine_kv_mib: int = 256  # vllm on CPU: KV cache
-    gpu_memory_utilization: float = 0.0  # vllm on CUDA: share of the GPU; 0 = derived (rollout.engine_share)
-    prefix_caching: bool = True  # vllm
-    max_logp_gap: float = 0.0  # stop when mean |logp trainer - engine| exceeds it; 0 = 1e-3 in fp32, 3 x the first gap in bf16
-    seed: int = 0
-    # evaluation while training
-    eval_data: str = ""  # like data; "" = none
-    eval_prompts: int = 0  # the first so many; 0 = all
-    eval_n: int = 16  # samples a prompt
-    eval_every: int = 0  # steps; 0 = only before the first step and at stage ends
-    eval_temperature: float = 1.0
-    eval_top_p: float = 1.0
-    # files
-    out_dir: str = ""  # default runs/<name of the config file>
-    init_from: str = ""  # weights to start from instead of model (a checkpoint's hf folder)
-    only_stage: str = ""
-    resume: str = "auto"  # auto | never | a checkpoint folder
-    max_steps: int = 0  # rl training steps in all, over all stages; 0 = as the stages say
-    save_every: int = 50  # steps; 0 = only at stage ends
-    keep_ckpts: int = 2  # newest ones kept, besides every stage end
-    keep_hf: bool = False  # keep the hf folder of checkpoints that are pruned
-    samples_per_step: int = 8  # groups written to samples.jsonl; 0 = all
-    name: str = ""  # of the stage; filled in
-
-
-CHOICES = {
-    "template": data.TEMPLATES, "verifier": ("dapo", "boxed", "math_verify"), "kind": ("rl", "sft"),
-    "critical": ("entropy", "random", "none"), "clause": ("prefix", "last"), "on_starved": ("train", "raise"),
-    "overlong_scope": ("continuation", "total"), "reward_scope": ("response", "continuation"),
-    "agg": ("token", "sequence", "micro"), "entropy_mask_side": ("top", "bottom", "random"),
-    "entropy_mask_scope": ("mini", "micro"), "entropy_mask_norm": ("kept", "all"), "engine": ("auto", "vllm", "torch"),
-    "dtype": ("auto", "float32", "bfloat16"),
-}  # fmt: skip
-POSITIVE = ("n1", "max_prompt_tokens", "max_response_tokens", "prompts_per_step", "prompts_per_round", "max_rounds",
-            "prompts_per_minibatch", "critical_top_k", "micro_batch_tokens", "head_chunk", "eval_n", "lr", "temperature",
-            "engine_rows")  # fmt: skip
-# keys a resumed run may change: they say how long and how often, not what is computed
-FREE_KEYS = {"max_steps", "save_every", "keep_ckpts", "keep_hf", "eval_every", "samples_per_step", "resume", "out_dir"}
-
-
-def load_config(argv):
-    """Command line -> [(stage name, Config)]. Typed merges by OmegaConf; every mistake is one ValueError naming the key."""
-    parser = argparse.ArgumentParser(prog="cure.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--config", help="YAML file with the differences from the defaults")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any field of Config, or stages.NAME.key=value")
-    args = parser.parse_args(argv)
-    if bad := [o for o in args.overrides if "=" not in o]:
-        raise ValueError(f"{bad[0]!r} is not key=value")
-    if args.config and not os.path.isfile(args.config):
-        raise ValueError(f"--config: no such file: {args.config}")
-    try:
-        file = OmegaConf.load(args.config) if args.config else OmegaConf.create()
-        if not OmegaConf.is_dict(file):
-            raise ValueError(f"--config: {args.config} is not a mapping of keys")
-        cli = OmegaConf.from_dotlist([o + "''" if o.endswith("=") else o for o in args.overrides])  # key= means ""
-        stages, cli_stages = file.pop("stages", None) or {"train": {}}, cli.pop("stages", {})
-        file.setdefault("out_dir", "runs/" + (os.path.splitext(os.path.basename(args.config))[0] if args.config else "run"))
-        if unknown := [s for s in cli_stages if s not in stages]:
-            raise ValueError(f"stages.{unknown[0]}: the config has the stages {', '.join(stages)}")
-        out = []
-        for name, entry in stages.items():
-            parts = [file, entry or {}, cli, cli_stages.get(name, {})]
-            cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), *parts, {"name": name}))
-            check(cfg)
-            out.append((name, cfg))
-    except ConfigKeyError as e:
-        key = str(e.full_key or e.key)
-        near = difflib.get_close_matches(key, [f.name for f in fields(Config)], 1)
-        raise ValueError(f"{key}: no such key" + (f"; did you mean {near[0]}?" if near else "")) from e
-    except OmegaConfBaseException as e:
-        raise ValueError(f"{e.full_key or 'config'}: {str(e).splitlines()[0]}") from e
-    if out[0][1].only_stage:
-        out = [s for s in out if s[0] == s[1].only_stage]
-        if not out:
-            raise ValueError(f"only_stage: the config has the stages {', '.join(stages)}")
-    return out
-
-
-def check(cfg):
-    """Refuse what cannot work before anything is loaded: ValueError, one line, the key first."""
-    for key, allowed in CHOICES.items():
-        if getattr(cfg, key) not in allowed:
-            raise ValueError(f"{key}: must be one of {', '.join(allowed)}, got {getattr(cfg, key)!r} (stage {cfg.name})")
-    for key in POSITIVE:
-        if getattr(cfg, key) <= 0:
-            raise ValueError(f"{key}: must be positive, got {getattr(cfg, key)} (stage {cfg.name})")
-    if cfg.prompts_per_step % cfg.prompts_per_minibatch:
-        raise ValueError(
-            f"prompts_per_step: {cfg.prompts_per_step} is no multiple of prompts_per_minibatch {cfg.prompts_per_minibatch}"
-        )
-    longest = cfg.max_prompt_tokens + cfg.max_response_tokens
-    if cfg.micro_batch_tokens < longest:
-        raise ValueError(f"micro_batch_tokens: {cfg.micro_batch_tokens} is smaller than one sequence of {longest} tokens")
-    if cfg.top_p != 1:
-        raise ValueError("top_p: must be 1 in training: log-probs of a truncated distribution bias every ratio (eval_top_p is free)")
-    if not 0 < cfg.entropy_mask_rho <= 1:
-        raise ValueError(f"entropy_mask_rho: must be in (0, 1], got {cfg.entropy_mask_rho}")
-    if cfg.kind == "rl" and cfg.n1 * (1 + cfg.n2) < 2 or cfg.n2 < 0:
-        raise ValueError(f"n1, n2: a group of n1 (1 + n2) = {cfg.n1 * (1 + cfg.n2)} rollouts has nothing to compare")
-    if len(cfg.betas) != 2:
-        raise ValueError(f"betas: AdamW takes two numbers, got {cfg.betas}")
-    if cfg.stop_at_accuracy and not (cfg.eval_data and cfg.eval_every):
-        raise ValueError("stop_at_accuracy: needs eval_data and eval_every")
 
 
 # ----------------------------------------------------------------------------------------------------------------- training
@@ -268,9 +98,11 @@ def prepare(run, cfg, rollouts, m):
 def guard(run, cfg, rollouts, m, step):
     """Compare engine and trainer on the step's fresh rollouts, before the update: a stale or corrupt engine trains with a
     normal-looking loss. Also logs the entropies, from the same pass. RuntimeError above max_logp_gap."""
-    if rollouts and rollouts[0].old_logp is None:  # nothing was kept: score the dropped groups at hand
-        mine = range(run.rank, len(rollouts), run.world)
-        scored = run.policy.score_local([rollouts[i] for i in mine], cfg.temperature)
+    unscored = [i for i, r in enumerate(rollouts) if r.old_logp is None]
+    if unscored:  # nothing was kept: score the dropped groups at hand
+        mine = unscored[run.rank :: run.world]
+        with timed(m, "old_log_prob"):
+            scored = run.policy.score_local([rollouts[i] for i in mine], cfg.temperature)
         for i, s in gather(list(zip(mine, scored, strict=True))):
             rollouts[i].old_logp, rollouts[i].entropy = s
     old = torch.from_numpy(np.concatenate([r.old_logp for r in rollouts]))
@@ -527,18 +359,26 @@ def read_json(path):
 
 # -------------------------------------------------------------------------------------------------------------- the whole run
 def setup(argv, train=True):
-    """Config, process group, toy, tokenizer, data, engine, policy: everything that can be refused is refused here, with a
-    ValueError, before a file of the run is written."""
-    stages = load_config(argv)
+    """Everything that a user can get wrong is refused here, before a file of the run is written: one line, exit code 2."""
+    try:
+        return _setup(argv, train)
+    except ValueError as e:
+        rank = os.environ.get("RANK", "0")
+        print(("" if rank == "0" else f"[rank {rank}] ") + f"error: {e}", file=sys.stderr)
+        raise SystemExit(2) from e
+
+
+def _setup(argv, train):
+    """Config, process group, toy, tokenizer, data, engine, policy."""
+    stages = load_config(argv, usage=__doc__)
     run = Run(stages, *init_distributed())
     first = stages[0][1]
     if "toy" in {v for _, c in stages for v in (c.model, c.data, c.eval_data)}:
         make_toy_base(run, first.toy_dir)
-        for _, c in stages:
-            c.model, c.data, c.eval_data = (
-                c.toy_dir + (tail if value == "toy" else "") if value == "toy" else value
-                for value, tail in ((c.model, ""), (c.data, "/train.jsonl"), (c.eval_data, "/heldout.jsonl"))
-            )
+    for _, c in stages:
+        c.model = c.toy_dir if c.model == "toy" else c.model
+        c.data = f"{c.toy_dir}/train.jsonl" if c.data == "toy" else c.data
+        c.eval_data = f"{c.toy_dir}/heldout.jsonl" if c.eval_data == "toy" else c.eval_data
     path = first.init_from or first.model
     run.tokenizer, gen_eos = load_tokenizer(path)
     stop_ids = set(first.stop_token_ids or [run.tokenizer.eos_token_id, *gen_eos]) - {None}
@@ -546,18 +386,15 @@ def setup(argv, train=True):
         raise ValueError(f"stop_token_ids: the tokenizer of {path!r} has no end token: name one")
     run.tasks, run.heldout, run.prompt_texts, pool = {}, {}, {}, VerifierPool()
     for name, cfg in stages:
-        load = lambda source, key, limit=0, cfg=cfg: data.load_prompts(  # noqa: E731
-            source, run.tokenizer, cfg.template, cfg.max_prompt_tokens, cfg.system_prompt, limit, key, cfg.kind == "sft"
-        )  # fmt: skip
+        args = run.tokenizer, cfg.template, cfg.max_prompt_tokens, cfg.system_prompt
         if train:
-            prompts, counts = load(cfg.data, "data")
+            prompts, counts = data.load_prompts(cfg.data, *args, key="data", sft=cfg.kind == "sft")
             stream = data.PromptStream(len(prompts), seed=f"{cfg.seed}/{name}")
             run.tasks[name] = Task(name, prompts, stream, run.tokenizer, None, pool)
             run.prompt_texts.update({p.id: p.text for p in prompts})
-            run.print(f"{name}: data {cfg.data}: " + ", ".join(f"{v} {k}" for k, v in counts.items()))
+            run.print(f"{name}: data {cfg.data}: " + ", ".join(f"{v} {k}" for k, v in counts.items() if v))
         if cfg.eval_data:
-            prompts, counts = data.load_prompts(cfg.eval_data, run.tokenizer, cfg.template, cfg.max_prompt_tokens,
-                                                cfg.system_prompt, limit=cfg.eval_prompts, key="eval_data")  # fmt: skip
+            prompts, counts = data.load_prompts(cfg.eval_data, *args, limit=cfg.eval_prompts, key="eval_data")
             run.heldout[name] = Task("eval", prompts, None, run.tokenizer, None, pool)
         self_test(cfg.verifier, pool)
     run.regions = data.toy_regions if first.eval_data.startswith(first.toy_dir) else None
@@ -568,8 +405,10 @@ def setup(argv, train=True):
     for name, cfg in stages if train else []:
         run.tasks[name].allowed = allowed_tokens(run.tokenizer, V, cfg.min_token_chars, stop_ids)
     shown = (run.tasks or run.heldout)[stages[0][0]].prompts[0].text
-    run.print(f"first prompt: {shown!r}; stop ids {sorted(stop_ids)} {run.tokenizer.convert_ids_to_tokens(sorted(stop_ids))}")
-    run.print(f"model: {path}, {run.policy.n_params / 1e6:.2f} M parameters, {run.policy.dtype}, engine {type(run.engine).__name__}")
+    stops = {i: run.tokenizer.convert_ids_to_tokens(i) for i in sorted(stop_ids)}
+    run.print(f"first prompt: {shown!r}; stop ids {stops}")
+    size, engine = run.policy.n_params / 1e6, type(run.engine).__name__
+    run.print(f"model: {path}, {size:.2f} M parameters, {run.policy.dtype}, engine {engine}")
     if resume:
         run.load(resume)
         run.print(f"resumed from step {run.state['step']} ({run.state['stage']} {run.state['stage_step']}, {resume})")
@@ -808,17 +647,5 @@ def main(argv):
     return 0
 
 
-def guarded(program, argv):
-    """Run it; what the user can mend is one line on stderr and exit code 2."""
-    try:
-        return program(argv) or 0
-    except ValueError as e:
-        if os.environ.get("NANOCURE_TRACEBACK"):
-            raise
-        rank = os.environ.get("RANK", "0")
-        print(("" if rank == "0" else f"[rank {rank}] ") + f"error: {e}", file=sys.stderr)
-        return 2
-
-
 if __name__ == "__main__":
-    sys.exit(guarded(main, sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

@@ -102,6 +102,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    import cure
-
-    sys.exit(cure.guarded(main, sys.argv[1:]))
+    main(sys.argv[1:])
