@@ -638,9 +638,10 @@ def main(argv):
                 run.refresh()
         else:
             run.print("all stages are done" if begin < len(names) else f"the run in {run.out} is finished already")
-    if run.rank == 0 and any(c.kind == "rl" for _, c in run.stages):
+    if run.rank == 0:
         run.print(analyze.summary_table(run.out))
-        run.print("pictures: " + ", ".join(map(str, analyze.curves(run.out))))
+        if run.state["step"]:
+            run.print("pictures: " + ", ".join(map(str, analyze.curves(run.out))))
     dist.barrier()
     if isinstance(run.engine, rollout.TorchEngine):  # with vLLM in the process its own finalizer tears the group down
         dist.destroy_process_group()

@@ -2,7 +2,7 @@
 
 Read from top to bottom: the text verifiers (`dapo`, `boxed`), `math_verify`, the overlong penalty, and VerifierPool,
 which keeps a hostile answer such as 9^{9^{9^9}} from taking the trainer down with it. A *verdict* is the tuple
-(reward, correct, answer): reward is +1.0 or -1.0, answer is what was compared (for the sample log and for majority votes).
+(reward, correct, answer): reward is +1.0 or -1.0, answer is what was compared (for sample logs and majority votes).
 
 Imports nothing of ours and no torch: every pool worker is this very file, started as `python reward.py --worker`.
 """
@@ -21,12 +21,12 @@ import time
 
 VERIFIERS = ("dapo", "boxed", "math_verify")
 INVALID = "[INVALID]"  # the answer of a response in which none was found (verl's word for it)
-MAX_ANSWER_CHARS = 300  # a verdict's answer is cut here, after the comparison; the longest of MATH-500 has 159
+MAX_ANSWER_CHARS = 1000  # a longer \boxed{} is no answer (the longest of MATH-500 has 159); verdicts are cut here
 COUNTS = ("reward/timeout", "reward/crash", "reward/parse_fail")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # dapo and boxed: plain text, no mathematics. 1024 against \boxed{2^{10}} is wrong, on purpose: a restatement of the
-# question must not earn reward. Everything here is linear in the text, 1 MB without one closing brace included.
+# question must not earn reward. Both look at a bounded piece of the text, so its length costs nothing.
 
 # Minerva's tables, as verl's math_dapo applies them. The order matters: "a " goes before " " does, and \text{m}
 # becomes the \text{} that the second table removes.
@@ -35,51 +35,45 @@ REPLACED = (
     (r",\text{and}", ","), (r"\text{and}", ","), (r"\text{m}", r"\text{}"),
 )  # fmt: skip
 REMOVED = (
-    "square", "ways", "integers", "dollars", "mph", "inches", "hours", "km", "units", r"\ldots", "sue", "points", "feet",
-    "minutes", "digits", "cents", "degrees", "cm", "gm", "pounds", "meters", "meals", "edges", "students",
-    "childrentickets", "multiples", r"\text{s}", r"\text{.}", "\\text{\ns}", r"\text{}^2", r"\text{}^3", "\\text{\n}", r"\text{}",
-    r"\mathrm{th}", r"^\circ", r"^{\circ}", r"\;", r",\!", "{,}", '"', r"\dots",
+    "square", "ways", "integers", "dollars", "mph", "inches", "hours", "km", "units", r"\ldots", "sue", "points",
+    "feet", "minutes", "digits", "cents", "degrees", "cm", "gm", "pounds", "meters", "meals", "edges", "students",
+    "childrentickets", "multiples", r"\text{s}", r"\text{.}", "\\text{\ns}", r"\text{}^2", r"\text{}^3", "\\text{\n}",
+    r"\text{}", r"\mathrm{th}", r"^\circ", r"^{\circ}", r"\;", r",\!", "{,}", '"', r"\dots",
 )  # fmt: skip
 ANSWER_LINE = re.compile(r"(?i)Answer\s*:\s*([^\n]+)")
-WRAPPED = (r"\\text\{(.*?)\}", r"\\textbf\{(.*?)\}", r"\\overline\{(.*?)\}", r"\\boxed\{(.*)\}")
+PATTERNS = (  # (pattern, replacement); a dot matches anything but a newline, so gold answers are treated line by line
+    (r".*?\$(.*?)\$.*", r"$\1$"), (r"\\text\{(.*?)\}", r"\1"), (r"\\textbf\{(.*?)\}", r"\1"),
+    (r"\\overline\{(.*?)\}", r"\1"), (r"\\boxed\{(.*)\}", r"\1"),
+    (r"frac([^{])(.)", r"frac{\1}{\2}"), (r"sqrt([^{])", r"sqrt{\1}"),
+)  # fmt: skip
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # steps over \{ and \}, which group nothing
 
 
-def unwrap(line):
-    """One line: what stands between its first two $ (if it has two), with \\text{}, \\textbf{}, \\overline{}, \\boxed{}
-    taken off. Each pattern sees the line only up to its last }, where it cannot fail after a long search: that makes
-    100,000 unclosed \\text{ linear instead of quadratic, and changes no result."""
-    parts = line.split("$", 2)
-    if len(parts) == 3:
-        line = f"${parts[1]}$"
-    for pattern in WRAPPED:
-        head, brace, tail = line.rpartition("}")
-        line = re.sub(pattern, r"\1", head + brace) + tail
-    return line
-
-
 def normalise(answer):
-    """Minerva's normal form of an answer, step by step as in algorithm.md section 3. Gold answers go through it too."""
-    answer = answer.rpartition("=")[2]  # 1
-    for old, new in REPLACED:  # 2
+    """Minerva's normal form of an answer, steps 1-5 of algorithm.md section 3. Gold answers go through it, too."""
+    answer = answer.rpartition("=")[2]
+    for old, new in REPLACED:
         answer = answer.replace(old, new)
-    for old in REMOVED:  # 3
+    for old in REMOVED:
         answer = answer.replace(old, "")
-    answer = "\n".join(map(unwrap, answer.split("\n")))  # 4, line by line: no pattern of it crosses a newline
-    answer = re.sub(r"frac([^{])(.)", r"frac{\1}{\2}", answer)  # 5
-    answer = re.sub(r"sqrt([^{])", r"sqrt{\1}", answer).replace("$", "")
+    for pattern, new in PATTERNS:
+        answer = re.sub(pattern, new, answer)
+    answer = answer.replace("$", "")
     digits = answer.replace(",", "")
     return (digits if digits.isdigit() else answer).strip()
 
 
 def last_boxed(text):
-    """The inside of the last \\boxed{…}, or None if there is none or its brace never closes (a truncated response)."""
-    start = text.rfind(r"\boxed{")
-    depth = 0
-    for brace in BRACE.finditer(text, start + len(r"\boxed")) if start >= 0 else ():
+    """The inside of the last \\boxed{…}; None without one, if its brace never closes (a response cut short), or if it
+    holds more than MAX_ANSWER_CHARS."""
+    start = text.rfind(r"\boxed{") + len(r"\boxed{")
+    if start < len(r"\boxed{"):
+        return None
+    depth = 1
+    for brace in BRACE.finditer(text, start, start + MAX_ANSWER_CHARS + 1):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
         if depth == 0:
-            return text[start + len(r"\boxed{") : brace.start()]
+            return text[start : brace.start()]
     return None
 
 
@@ -130,7 +124,7 @@ def score(text, gold, verifier="dapo"):
     elif verifier == "boxed":
         inside = last_boxed(text)
         answer = INVALID if inside is None else normalise(inside)
-        correct = answer == normalise(gold)
+        correct = inside is not None and answer == normalise(gold)
     else:
         correct, answer = math_verify_verdict(text, gold)
     return (1.0 if correct else -1.0), correct, answer[:MAX_ANSWER_CHARS]
@@ -198,7 +192,7 @@ class VerifierPool:
     which is replaced. Workers end when their pipe closes, so even kill -9 of this process leaves none behind."""
 
     def __init__(self, workers=2, timeout_s=5.0, memory_mb=1024):
-        assert workers >= 1 and timeout_s > 0 and memory_mb > 0, (workers, timeout_s, memory_mb)
+        assert workers >= 1 and timeout_s > 0 and memory_mb >= 1, (workers, timeout_s, memory_mb)
         self.size, self.timeout_s, self.memory_mb = workers, timeout_s, memory_mb
         self.workers, self.failed_starts = [], 0
         self.selector = selectors.DefaultSelector()
@@ -255,7 +249,7 @@ class VerifierPool:
         for worker in self.workers:
             if todo and worker.ready and worker.job is None:
                 worker.job = todo.popleft()
-                worker.outbox = json.dumps(pairs[worker.job]).encode() + b"\n"
+                worker.outbox = memoryview(json.dumps(pairs[worker.job]).encode() + b"\n")
                 worker.deadline = time.monotonic() + self.timeout_s
                 self.selector.register(worker.process.stdin, selectors.EVENT_WRITE, worker)
 
@@ -340,8 +334,8 @@ def worker_main(timeout_s, memory_mb):
 
 SELF_TEST = {  # verifier -> (text, gold, correct)
     "dapo": (
-        ("so x = 34.\nAnswer: $34$", "34", True), (r"Answer: \frac12", r"\frac{1}{2}", True), (r"\boxed{34}", "34", False),
-        ("Answer: 34\nAnswer: 35", "34", False), (r"Answer: $2^{10}$", "1024", False),
+        ("so x = 34.\nAnswer: $34$", "34", True), (r"Answer: \frac12", r"\frac{1}{2}", True),
+        ("Answer: 34\nAnswer: 35", "34", False), (r"\boxed{34}", "34", False), (r"Answer: $2^{10}$", "1024", False),
     ),
     "boxed": (
         (r"so \boxed{34}.", "34", True), (r"\boxed{35} or \boxed{\frac{1}{2}}", r"\frac12", True),
@@ -355,8 +349,8 @@ SELF_TEST = {  # verifier -> (text, gold, correct)
 
 
 def self_test(verifier, pool):
-    """Grade known right and wrong answers through the pool; a run should refuse to start if one is misjudged (a changed
-    library silently makes every reward -1). Raises RuntimeError naming the answer, ValueError for an unknown verifier."""
+    """Grade known right and wrong answers through the pool, at the start of a run: a changed library can make every
+    reward -1 and say nothing. Raises RuntimeError naming a misjudged answer, ValueError for an unknown verifier."""
     check_verifier(verifier)
     cases = SELF_TEST[verifier]
     verdicts, _ = pool.score_all([(text, gold) for text, gold, _ in cases], verifier)

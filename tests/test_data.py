@@ -123,7 +123,7 @@ def test_gsm8k_answer_is_split_into_gold_and_solution(tmp_path):
 
 def test_dapo_rows_keep_their_messages(tmp_path):
     prompt = [{"content": "q?", "role": "user"}]
-    row = {"data_source": "d", "prompt": prompt, "ability": "MATH", "reward_model": {"ground_truth": "34", "style": "s"},
+    row = {"data_source": "d", "prompt": prompt, "reward_model": {"ground_truth": "34", "style": "s"},
            "extra_info": {"index": 1}}
     for path in (write(tmp_path / "a.jsonl", [row]), write_parquet(tmp_path / "a.parquet", [row])):
         kept, _ = data.load_rows(path)
@@ -194,7 +194,8 @@ def test_counts_always_add_up(tmp_path_factory, rows):
 
 @pytest.mark.parametrize("line", ['{"prompt": "b", "answer"', "nonsense", "[1, 2]", '"text"', "null", "[" * 100_000,
                                   '{"prompt": "b", "answer": {"x": 1}}', '{"prompt": 3, "answer": 1}',
-                                  '{"prompt": [{"role": "user"}, 3], "answer": 1}', '{"prompt": "\\ud800", "answer": 1}',
+                                  '{"prompt": [{"role": "user"}, 3], "answer": 1}',
+                                  '{"prompt": "\\ud800", "answer": 1}',
                                   '{"prompt": "b", "answer": 1, "solution": 7}'])
 def test_broken_line_gives_key_file_and_line(tmp_path, line):
     path = write(tmp_path / "a.jsonl", ['{"prompt": "a", "answer": "1"}', "", line, '{"prompt": "c", "answer": "1"}'])
@@ -316,6 +317,11 @@ def test_no_template_asks_twice(plain, template):
     assert ("Answer: $Answer" in once) != ("\\boxed" in once)
 
 
+def test_dapo_leaves_another_wording_of_its_instruction_as_it_is(plain):
+    text = "1+1? End with a line of the form Answer: $Answer."
+    assert data.render(text, "dapo", plain) == text
+
+
 def test_template_errors_name_their_key(plain, chat):
     fails("^template: chat needs a tokenizer with a chat template", data.render, "q", "chat", plain)
     fails("^template: 'boxd' is none of chat, dapo, boxed, 8020, raw", data.render, "q", "boxd", plain)
@@ -369,6 +375,9 @@ def test_bos_comes_once_in_plain_text_and_never_twice_with_a_chat_template(tmp_p
     tokenizer.chat_template = "{{ bos_token }}" + CHATML
     prompts, _ = data.load_prompts(write(tmp_path / "b.jsonl", [{"prompt": "abc", "answer": 1}]), tokenizer, "chat", 99)
     assert prompts[0].ids.count(bos) == 1 and eos not in prompts[0].ids
+    tokenizer.chat_template = CHATML                    # writes none, so the model was trained without
+    prompts, _ = data.load_prompts(str(tmp_path / "b.jsonl"), tokenizer, "chat", 99)
+    assert bos not in prompts[0].ids
     fails("^max_prompt_tokens", data.load_prompts, path, tokenizer, "raw", 3)   # the BOS counts
 
 
@@ -480,7 +489,8 @@ def test_toy_problem_uses_only_its_own_generator():
 def test_toy_regions_mark_choices_and_results():
     text = r" 20+27=47;6+47=53;53+29=82;\boxed{82}"
     regions = data.toy_regions(text)
-    shown = {name: "".join(c if on else "_" for c, on in zip(text, marks, strict=True)) for name, marks in regions.items()}
+    shown = {name: "".join(c if on else "_" for c, on in zip(text, marks, strict=True))
+             for name, marks in regions.items()}
     assert shown == {"operands": "_20+27____6+47____53+29______________",
                      "results": "_______47______53_______82________82_"}
 
@@ -581,7 +591,7 @@ def test_toy_dir_that_cannot_be_made_names_its_key(tmp_path):
 def test_aime_2024_parquet_is_thirty_prompts(plain):
     prompts, counts = data.load_prompts(str(REAL / "dapo" / "aime-2024.parquet"), plain, "dapo", 10_000)
     assert counts["rows"] == 960 and counts["duplicates"] == 930 and counts["kept"] == 30 and adds_up(counts)
-    assert prompts[0].answer == "540" and prompts[0].text.startswith(data.DAPO_HEAD + "Find the largest possible real part")
+    assert prompts[0].answer == "540" and prompts[0].text.startswith(data.DAPO_HEAD + "Find the largest possible")
     assert all(p.text.count("Answer: $Answer") == 1 and p.text.endswith(data.DAPO_TAIL) for p in prompts)   # as it is
     boxed, _ = data.load_prompts(str(REAL / "dapo" / "aime-2024.parquet"), plain, "8020", 10_000)
     assert not any("Answer:" in p.text for p in boxed) and all(p.text.count("\\boxed{}") == 1 for p in boxed)

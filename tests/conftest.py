@@ -1,0 +1,138 @@
+"""What several test files share: one thread, a process group of one, tiny random models, and a launcher of gloo ranks.
+
+The models learnt nothing, but their output weights are large, so that entropies differ and log-probs are worth comparing."""
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")           # before torch is imported: two cores are no place for its threads
+
+import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def sharpen(folder, **changes):
+    """Rewrite the model in `folder` with random norms and biases and a large head; `changes` are of its config."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    config = AutoConfig.from_pretrained(folder)
+    for key, value in changes.items():
+        setattr(config, key, value)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        for name, p in model.named_parameters():
+            p.data += 0.1 * torch.randn_like(p) if p.ndim == 1 else 0
+            if "layers" not in name and p.ndim == 2:
+                p.data *= 10
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    """The toy as data.make_toy leaves it, but small in rows: tied embeddings, 25 symbols. Read only."""
+    import data
+    folder = str(tmp_path_factory.mktemp("models") / "toy")
+    data.make_toy(folder, n_train=64, n_heldout=16, n_sft=32)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sharp(tmp_path_factory):
+    """The toy with large output weights: entropies between 0 and ln V. Read only."""
+    import data
+    folder = str(tmp_path_factory.mktemp("models") / "sharp")
+    data.make_toy(folder, n_train=64, n_heldout=16, n_sft=32)
+    return sharpen(folder)
+
+
+@pytest.fixture(scope="session")
+def odd(tmp_path_factory):
+    """What the toy is not: a head of its own, fewer kv heads than heads, V larger than the tokenizer. Read only."""
+    import data
+    folder = str(tmp_path_factory.mktemp("models") / "odd")
+    data.make_toy(folder, n_train=64, n_heldout=16, n_sft=32)
+    return sharpen(folder, vocab_size=37, tie_word_embeddings=False, num_key_value_heads=2, hidden_size=48,
+                   intermediate_size=80)
+
+
+@pytest.fixture(scope="session")
+def cpu():
+    """A process group of one on the CPU, as policy.init_distributed makes it; its variables do not leak to children."""
+    import torch
+
+    import policy
+    before = {k: os.environ.pop(k, None) for k in LAUNCHER}
+    with pytest.MonkeyPatch.context() as patch:         # these tests are of fp32 on the CPU, wherever they run
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        rank, world, device = policy.init_distributed()
+    for k, v in before.items():
+        os.environ.pop(k, None)
+        os.environ.update({} if v is None else {k: v})
+    assert (rank, world, device.type) == (0, 1, "cpu")
+    return device
+
+
+def ragged(n, seed, vocab, per_group=1, prompt=(2, 12), prefix=(0, 6), response=(1, 40)):
+    """n rollouts of random ids and very different lengths, every second one with a prefix, `per_group` in a group."""
+    from rollout import Rollout
+    rng = random.Random(seed)
+
+    def ids(bounds):
+        return [rng.randrange(2, vocab) for _ in range(rng.randint(*bounds))]
+
+    out = []
+    for i in range(n):
+        r = Rollout(ids(prompt), ids(prefix) if i % 2 else [], ids(response), group=i // per_group, prompt_id=i // per_group)
+        r.reward, r.seed = rng.choice([1.0, -1.0]), i
+        r.engine_logp = np.float32([-rng.random() for _ in r.response_ids])
+        out.append(r)
+    return out
+
+
+def run_ranks(script, worlds, *args, timeout=120):
+    """Start max(worlds) processes of `script`, which call in_ranks. A rank that hangs or fails fails the test."""
+    ports = []
+    for _ in worlds:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            ports.append(s.getsockname()[1])
+    plan = ",".join(f"{w}:{p}" for w, p in zip(worlds, ports, strict=True))
+    env = {k: v for k, v in os.environ.items() if k not in LAUNCHER}
+    env |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen([sys.executable, script, plan, str(rank), *map(str, args)], env=env, stdout=subprocess.PIPE,
+                         stderr=subprocess.STDOUT, text=True)
+        for rank in range(max(worlds))
+    ]
+    try:
+        logs = [p.communicate(timeout=timeout)[0] for p in ranks]
+    except subprocess.TimeoutExpired:
+        pytest.fail(f"a rank still ran after {timeout} s: {[p.poll() for p in ranks]}")
+    finally:
+        for p in ranks:
+            p.kill()
+    assert all(p.returncode == 0 for p in ranks), "\n".join(f"rank {i}:\n{log[-3000:]}" for i, log in enumerate(logs))
+
+
+def in_ranks(job):
+    """The other side of run_ranks: job(rank, world, device, *args) in every world that this process is a rank of."""
+    import torch.distributed as dist
+
+    import policy
+    plan, rank, *args = sys.argv[1:]
+    for part in plan.split(","):
+        world, port = part.split(":")
+        if int(rank) < int(world):
+            values = (rank, rank, world, "127.0.0.1", port)
+            os.environ.update(zip(LAUNCHER, values, strict=True))
+            job(*policy.init_distributed(), *args)
+            dist.destroy_process_group()

@@ -1,0 +1,356 @@
+"""Whole runs of cure.py at the smallest size: a model that knows the format of an answer and guesses its value."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import cure
+import data
+import rollout
+from config import load_config
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = [
+    "template=raw", "verifier=boxed", "min_token_chars=1", "critical_top_k=4", "max_prompt_tokens=24", "max_response_tokens=24",
+    "micro_batch_tokens=128", "overlong_buffer=0", "prompts_per_step=4", "prompts_per_round=4", "prompts_per_minibatch=2",
+    "lr=1e-3", "warmup=2", "weight_decay=0", "engine=torch", "save_every=0",
+]  # fmt: skip
+
+
+def lines(path):
+    return [json.loads(line) for line in open(path)]
+
+
+def train_lines(out):
+    return [m for m in lines(f"{out}/metrics.jsonl") if "actor/entropy" in m]
+
+
+def numbers(out):
+    """The metrics that must repeat bit for bit: everything but seconds and what is computed from them."""
+    return [{k: v for k, v in m.items() if not k.startswith(("timing_s", "perf"))} for m in lines(f"{out}/metrics.jsonl")]
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Drawing takes longer than these runs: only `whole` (session scoped, made before) draws for real."""
+    monkeypatch.setattr(cure.analyze, "curves", lambda out: [])
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """(model folder, data file): sums of two digits, answered in the right form with one of three values: right a third of
+    the time. Trained by the sft stage itself, in seconds."""
+    folder = tmp_path_factory.mktemp("tiny")
+    data.make_toy(f"{folder}/init", n_train=4, n_heldout=4, n_sft=4)
+    rng = random.Random(0)
+    rows, sft = [], []
+    for a in range(1, 10):
+        for b in range(1, 10):
+            rows.append({"prompt": f"{a}+{b}?", "answer": str(a + b)})
+            for _ in range(8):
+                c = a + b + rng.choice([-1, 0, 1])
+                sft.append({"prompt": f"{a}+{b}?", "answer": str(a + b), "solution": f" {a}+{b}={c};\\boxed{{{c}}}"})
+    for name, content in (("rl", rows), ("sft", sft)):
+        with open(f"{folder}/{name}.jsonl", "w") as f:
+            f.writelines(json.dumps(r) + "\n" for r in content)
+    argv = [f"model={folder}/init", f"data={folder}/sft.jsonl", f"out_dir={folder}/sft", *TINY, "kind=sft", "steps=150",
+            "prompts_per_step=32", "prompts_per_minibatch=32", "lr=3e-3", "micro_batch_tokens=2048"]  # fmt: skip
+    cure.main(argv)
+    losses = [m["sft/loss"] for m in lines(f"{folder}/sft/metrics.jsonl")]
+    assert len(losses) == 150 and losses[-1] < 0.6 < losses[0], "the sft stage must have learnt the form"
+    latest = open(f"{folder}/sft/ckpt/latest").read()
+    return f"{folder}/sft/ckpt/{latest}/hf", f"{folder}/rl.jsonl"
+
+
+@pytest.fixture(scope="session")
+def config(tiny, tmp_path_factory):
+    """A config file with both stages over the tiny model."""
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    keys = "\n".join(f"{k}: {v}" for k, v in (kv.split("=") for kv in TINY))
+    path.write_text(
+        f"model: {tiny[0]}\ndata: {tiny[1]}\neval_data: {tiny[1]}\neval_prompts: 6\neval_n: 4\n{keys}\n"
+        "stages:\n  stage1: {steps: 3, n1: 2, n2: 3}\n  stage2: {steps: 3, n1: 8, n2: 0}\n"
+    )
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def whole(config, tmp_path_factory):
+    """The folder of one uninterrupted run of both stages."""
+    out = tmp_path_factory.mktemp("whole")  # session fixtures are set up before no_pictures: this run draws
+    cure.main(["--config", config, f"out_dir={out}", "samples_per_step=0"])
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------------- a whole run
+def test_a_run_leaves_the_files_that_the_readme_promises(whole):
+    for f in ("config.yaml", "versions.json", "metrics.jsonl", "samples.jsonl", "plots/curves.png", "ckpt/latest"):
+        assert os.path.getsize(whole / f) > 0, f
+    train = train_lines(whole)
+    assert [m["step"] for m in train] == [1, 2, 3, 4, 5, 6], "steps count on over the stages"
+    assert [m["stage"] for m in train] == ["stage1"] * 3 + ["stage2"] * 3
+    for m in train:
+        assert {"opt_step", "tokens/generated", "mismatch/mean_abs", "mismatch/max_abs", "mismatch/k3"} <= m.keys()
+        assert m["mismatch/mean_abs"] < 1e-5
+        parts = sum(v for k, v in m.items() if k.startswith("timing_s/") and k != "timing_s/step")
+        assert parts == pytest.approx(m["timing_s/step"]), "the ledger adds up"
+    evals = [m for m in lines(whole / "metrics.jsonl") if "eval/avg@4" in m]
+    assert [m["step"] for m in evals] == [0, 3, 6] and not any("actor/entropy" in m for m in evals)
+    generated = [m["tokens/generated"] for m in train]
+    assert generated == sorted(generated) and generated[0] > 0
+
+
+def test_samples_are_the_rollouts_that_were_trained_on(whole):
+    rows = lines(whole / "samples.jsonl")
+    keys = {"step", "stage", "prompt_id", "group", "parent", "t_star", "candidates", "prompt", "response", "prompt_ids",
+            "prefix_ids", "response_ids", "logp", "entropy", "reward", "correct", "advantage", "finish"}  # fmt: skip
+    for r in rows:
+        assert keys <= r.keys() and len(r["logp"]) == len(r["entropy"]) == len(r["response_ids"])
+    for step in range(1, 7):
+        groups = {}
+        for r in rows:
+            if r["step"] == step:
+                groups.setdefault(r["group"], []).append(r)
+        for g in groups.values():
+            assert len(g) == 8 and len({r["correct"] for r in g}) == 2, "a kept group has right and wrong members"
+            assert sum(r["advantage"] for r in g) == pytest.approx(0, abs=1e-4)
+            for r in g:
+                if r["parent"] >= 0:
+                    parent = g[r["parent"]]
+                    assert parent["parent"] == -1 and r["prefix_ids"] == parent["response_ids"][: r["t_star"]]
+                    assert r["t_star"] in parent["candidates"] or (r["t_star"] == 0 and not parent["candidates"])
+
+
+def test_checkpoints_open_in_transformers_with_the_weights_of_the_state(whole):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = whole / "ckpt" / (whole / "ckpt/latest").read_text()
+    model = AutoModelForCausalLM.from_pretrained(folder / "hf")
+    shard = load_file(next((folder / "state").glob("*.safetensors")))
+    for name, p in model.named_parameters():
+        assert torch.equal(p, shard["model.lm." + name]), name
+    assert AutoTokenizer.from_pretrained(folder / "hf").encode("1+2?") == AutoTokenizer.from_pretrained(
+        whole / "ckpt/step_000003/hf"
+    ).encode("1+2?")
+
+
+def test_the_first_optimizer_step_moves_the_weights(config, tiny, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    cure.main(["--config", config, f"out_dir={tmp_path}", "max_steps=1", "eval_data=", "prompts_per_minibatch=4"])
+    a, b = (AutoModelForCausalLM.from_pretrained(f) for f in (tiny[0], tmp_path / "ckpt/step_000001/hf"))
+    moved = [(p - q).abs().max().item() for p, q in zip(a.parameters(), b.parameters(), strict=True)]
+    assert min(moved) > 0, "warmup must not give the first step lr 0"
+    assert train_lines(tmp_path)[0]["actor/lr"] == pytest.approx(5e-4)
+
+
+def test_a_finished_run_says_so_and_trains_no_further(whole, config, capsys):
+    before = (whole / "metrics.jsonl").read_text()
+    cure.main(["--config", config, f"out_dir={whole}", "samples_per_step=0"])
+    assert "finished already" in capsys.readouterr().out and (whole / "metrics.jsonl").read_text() == before
+
+
+# ------------------------------------------------------------------------------------------------------------------ resume
+@pytest.mark.parametrize("stop_at", [2, 3, 5])
+def test_a_stopped_and_resumed_run_equals_the_whole_one(whole, config, tmp_path, capsys, stop_at):
+    argv = ["--config", config, f"out_dir={tmp_path}", "samples_per_step=0"]
+    cure.main([*argv, f"max_steps={stop_at}"])
+    assert len(train_lines(tmp_path)) == stop_at
+    with open(tmp_path / "metrics.jsonl", "a") as f:
+        f.write('{"step": 99, "torn')  # what a killed process leaves behind is cut off
+    random.seed(7), np.random.seed(7), torch.manual_seed(7)  # noise: no global generator is used in training
+    cure.main(argv)
+    assert f"resumed from step {stop_at}" in capsys.readouterr().out
+    assert numbers(tmp_path) == numbers(whole)
+    assert (tmp_path / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+    for f in sorted((whole / "ckpt/step_000006/state").iterdir()):
+        a, b = load_file(f), load_file(tmp_path / "ckpt/step_000006/state" / f.name)
+        assert a.keys() == b.keys() and any(k.startswith("exp_avg_sq") for k in a)
+        assert all(torch.equal(a[k], b[k]) for k in a), "parameters and Adam's moments"
+
+
+def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(whole, config, tmp_path, monkeypatch):
+    describe = cure.describe
+
+    def and_interrupt(run, cfg, m):
+        if run.state["step"] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return describe(run, cfg, m)
+
+    monkeypatch.setattr(cure, "describe", and_interrupt)
+    cure.main(["--config", config, f"out_dir={tmp_path}", "samples_per_step=0"])
+    assert (tmp_path / "ckpt/latest").read_text() == "step_000002"
+    monkeypatch.undo()
+    cure.main(["--config", config, f"out_dir={tmp_path}", "samples_per_step=0"])
+    assert numbers(tmp_path) == numbers(whole)
+
+
+def test_a_changed_config_is_refused_by_name(whole, config, capsys):
+    with pytest.raises(SystemExit) as e:
+        cure.main(["--config", config, f"out_dir={whole}", "clip_high=0.3", "samples_per_step=0"])
+    assert e.value.code == 2
+    assert "clip_high: the run in" in (err := capsys.readouterr().err) and "0.28" in err and "0.3" in err
+
+
+def test_one_stage_runs_alone_from_given_weights(whole, config, tmp_path):
+    hf = whole / "ckpt/step_000003/hf"
+    cure.main(["--config", config, f"out_dir={tmp_path}", "only_stage=stage2", f"init_from={hf}", "samples_per_step=0"])
+    alone, joint = train_lines(tmp_path), train_lines(whole)[3:]
+    assert [m["stage"] for m in alone] == ["stage2"] * 3
+    assert [m["train/accuracy"] for m in alone] == [m["train/accuracy"] for m in joint], "same weights, same seeds"
+
+
+# ------------------------------------------------------------------------------------------------- what must change nothing
+def test_loss_is_rank_and_micro_batch_invariant(whole, config, tmp_path):
+    """2 ranks, and other micro-batches, against the whole run: same tokens, gradient norms equal but for float sums."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    argv = ["--config", config, "max_steps=3", "samples_per_step=0", "eval_data="]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    subprocess.run([*torchrun, "cure.py", *argv, f"out_dir={tmp_path}/ranks"], cwd=ROOT, env=env, check=True)
+    cure.main([*argv, f"out_dir={tmp_path}/micro", "micro_batch_tokens=2048"])
+    want = train_lines(whole)
+    for name in ("ranks", "micro"):
+        for m, w in zip(train_lines(tmp_path / name), want, strict=False):
+            gap = abs(m["actor/grad_norm"] / w["actor/grad_norm"] - 1)
+            print(f"{name} step {m['step']}: relative difference of gradient norms {gap:.1e}")
+            assert m["tokens/generated"] == w["tokens/generated"] and gap < 1e-5
+
+
+def first_line(config, out, *overrides):
+    cure.main(["--config", config, f"out_dir={out}", "max_steps=1", "eval_data=", "prompts_per_minibatch=4", *overrides])
+    return train_lines(out)[0]
+
+
+def test_entropy_mask_identities(config, tmp_path):
+    plain = first_line(config, tmp_path / "plain")
+    one = first_line(config, tmp_path / "one", "entropy_mask_rho=1.0", "entropy_mask_norm=all")
+    assert one["actor/grad_norm"] == plain["actor/grad_norm"], "rho 1 is plain DAPO bit for bit"
+    kept = first_line(config, tmp_path / "kept", "entropy_mask_rho=0.2")
+    share = first_line(config, tmp_path / "all", "entropy_mask_rho=0.2", "entropy_mask_norm=all")
+    rows = lines(tmp_path / "kept/samples.jsonl")
+    n = sum(len(r["response_ids"]) for r in rows)
+    k = -(-n // 5)
+    assert share["actor/grad_norm"] == pytest.approx(k / n * kept["actor/grad_norm"], rel=1e-4)
+    assert kept["actor/grad_norm"] != pytest.approx(plain["actor/grad_norm"], rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [("reuse_entropy_logp=true",), ("tis_cap=2.0",), ("agg=micro",), ("agg=sequence",), ("critical=none",), ("critical=random",),
+     ("clause=last",), ("entropy_mask_rho=0.2", "entropy_mask_scope=micro"), ("entropy_mask_rho=0.2", "entropy_mask_side=random"),
+     ("overlong_buffer=4", "overlong_scope=total"), ("activation_checkpointing=true",), ("reward_scope=continuation",)],
+)  # fmt: skip
+def test_every_setting_of_the_loop_takes_a_step(config, tmp_path, overrides):
+    m = first_line(config, tmp_path, *overrides)
+    assert m["actor/grad_norm"] > 0 and m["opt_step"] == 1
+    if overrides[0] in ("reuse_entropy_logp=true", "tis_cap=2.0", "activation_checkpointing=true"):
+        plain = first_line(config, tmp_path / "plain")
+        assert m["actor/grad_norm"] == pytest.approx(plain["actor/grad_norm"], rel=1e-4), "same mathematics, other arithmetic"
+
+
+# ------------------------------------------------------------------------------------------------------- what must be caught
+def test_a_skipped_sync_stops_the_run_at_the_next_step(config, tmp_path, monkeypatch):
+    sync = rollout.TorchEngine.sync
+    calls = []
+
+    def only_once(self, named):
+        calls.append(1)
+        if len(calls) == 1:
+            return sync(self, named)
+        for _ in named:
+            pass
+        self.ready = True
+
+    monkeypatch.setattr(rollout.TorchEngine, "sync", only_once)
+    with pytest.raises(RuntimeError, match="engine and trainer disagree"):
+        cure.main(["--config", config, f"out_dir={tmp_path}", "eval_data="])
+    assert [m["step"] for m in train_lines(tmp_path)] == [1]
+    torch.distributed.destroy_process_group()
+
+
+def test_groups_without_contrast_are_not_trained_on(config, tiny, tmp_path, capsys):
+    wrong = tmp_path / "wrong.jsonl"
+    wrong.write_text("".join(json.dumps({"prompt": f"{a}+{b}?", "answer": "999"}) + "\n" for a in range(1, 5) for b in range(1, 5)))
+    cure.main(["--config", config, f"out_dir={tmp_path}/run", f"data={wrong}", "eval_data=", "max_steps=2", "max_rounds=2"])
+    m = train_lines(tmp_path / "run")
+    assert [(x["train/kept_groups"], x["train/empty_steps"], x["opt_step"], x["train/rounds"]) for x in m] == [(0, 1, 0, 2)] * 2
+    assert "no group kept" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="on_starved"):
+        cure.main(["--config", config, f"out_dir={tmp_path}/raise", f"data={wrong}", "eval_data=", "max_rounds=1", "on_starved=raise"])
+    torch.distributed.destroy_process_group()
+
+
+BAD_CONFIG = {
+    ("lrr=1",): "lrr: no such key; did you mean lr?",
+    ("stages.stage1.n3=1",): "n3: no such key",
+    ("stages.stage9.n1=1",): "stages.stage9",
+    ("lr=fast",): "lr: ",
+    ("steps=2.5",): "steps: ",
+    ("stages.stage2.n1=many",): "n1: ",
+    ("prompts_per_step=5",): "prompts_per_step: 5 is no multiple of prompts_per_minibatch 2",
+    ("micro_batch_tokens=30",): "micro_batch_tokens: 30 is smaller than one sequence of 48",
+    ("top_p=0.9",): "top_p: must be 1",
+    ("critical=best",): "critical: must be one of entropy, random, none",
+    ("temperature=0",): "temperature: must be positive",
+    ("only_stage=stage7",): "only_stage: ",
+    ("n1=1", "n2=0"): "n1, n2: ",
+    ("oops",): "'oops' is not key=value",
+}
+
+
+@pytest.mark.parametrize("overrides", BAD_CONFIG, ids=lambda o: "+".join(o))
+def test_bad_config_is_one_line_that_names_the_key(config, overrides):
+    with pytest.raises(ValueError) as e:
+        load_config(["--config", config, *overrides])
+    assert BAD_CONFIG[overrides] in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "overrides, says",
+    [
+        (["data=nothing.jsonl"], "data: no such file"),
+        (["data={tmp}/empty.jsonl"], "data: "),
+        (["model={tmp}"], "model: no tokenizer in"),
+        (["template=chat"], "template: chat needs a tokenizer with a chat template"),
+        (["max_prompt_tokens=1"], "max_prompt_tokens: "),
+        (["resume={tmp}"], "resume: "),
+    ],
+)
+def test_bad_input_exits_2_with_one_line_and_writes_nothing(config, tmp_path, capsys, overrides, says):
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(SystemExit) as e:
+        cure.main(["--config", config, f"out_dir={tmp_path}/run", *[o.format(tmp=tmp_path) for o in overrides]])
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.startswith("error: " + says) and err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+    torch.distributed.destroy_process_group()
+
+
+def test_precedence_is_defaults_file_stage_entry_command_line(tmp_path):
+    path = tmp_path / "p.yaml"
+    path.write_text("lr: 2.0e-6\nseed: 5\nstages: {a: {lr: 3.0e-6, n1: 8}, b: {}}\n")
+    (_, a), (_, b) = load_config(["--config", str(path)])
+    assert (a.lr, b.lr, a.n1, b.n1, a.seed, a.grad_clip) == (3e-6, 2e-6, 8, 4, 5, 1.0) and a.out_dir == "runs/p"
+    (_, a), (_, b) = load_config(["--config", str(path), "lr=4e-6", "stages.b.lr=5e-6", "out_dir="])
+    assert (a.lr, b.lr, a.out_dir) == (4e-6, 5e-6, "")
+
+
+# ------------------------------------------------------------------------------------------------------------------ the toy
+@pytest.mark.slow
+def test_the_toy_learns_from_its_own_base(tmp_path):
+    """The README's first command on 2 ranks with few steps: base made once, both stages, an accuracy that rises."""
+    argv = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "cure.py", "--config", "configs/toy.yaml",
+            f"out_dir={tmp_path}/run", "stages.stage1.steps=12", "stages.stage2.steps=4", "eval_every=0"]  # fmt: skip
+    subprocess.run([sys.executable, *argv], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+    base, one, two = (m["eval/avg@16"] for m in lines(tmp_path / "run/metrics.jsonl") if "eval/avg@16" in m)
+    print(f"held-out avg@16: base {base:.3f}, after 12 steps of stage 1 {one:.3f}, after 4 of stage 2 {two:.3f}")
+    assert base < 0.5 and one > base + 0.05

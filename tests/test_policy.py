@@ -1,0 +1,622 @@
+"""policy.py: packing, micro-batches and ranks change neither numbers nor gradients; one optimizer step is what it says.
+
+Run as a script it is one rank of the multi-rank tests (conftest.run_ranks)."""
+import itertools
+import random
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import in_ranks, ragged, run_ranks
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import cure
+from config import Config
+from loss import group_advantages, policy_loss, token_weights
+from policy import Policy, bins, compute_dtype, pack, packed_length, partition
+from rollout import Rollout, gather
+
+BUDGET = 4096
+
+
+def config(**kwargs):
+    return Config(**{"micro_batch_tokens": BUDGET, "head_chunk": 64, "lr": 1e-3, "weight_decay": 0.0, **kwargs})
+
+
+def make(path, **kwargs):
+    return Policy(config(**kwargs), path, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module", params=["sharp", "odd"])
+def policy(request, cpu):
+    """Read only: tests that step make their own."""
+    return make(request.getfixturevalue(request.param))
+
+
+@pytest.fixture
+def fresh(sharp, cpu):
+    return make(sharp)
+
+
+def plain_model(path, dtype=torch.float32):
+    """Transformers as anyone would use it: eager attention, padding-free, one sequence at a time."""
+    from transformers import AutoModelForCausalLM
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager").eval()
+
+
+def plain_logp(model, r, temperature=1.0):
+    """Logits at i are for token i + 1: (logp, entropy) of the response tokens of one rollout, without any of our code."""
+    ids = torch.tensor([r.prompt_ids + r.prefix_ids + r.response_ids])
+    logq = (model(ids).logits[0, :-1] / temperature).log_softmax(-1)      # row i: the distribution of token i + 1
+    n = len(r.response_ids)
+    return logq.gather(-1, ids[0, 1:, None])[-n:, 0], -(logq.exp() * logq).sum(-1)[-n:]
+
+
+def prepared(rollouts, seed=0):
+    """Advantages, and old log-probs some way from the present ones, so that clipping is at work."""
+    rng = np.random.default_rng(seed)
+    a = group_advantages(torch.tensor([r.reward for r in rollouts]), torch.tensor([r.group for r in rollouts]))
+    for r, x in zip(rollouts, a.tolist(), strict=True):
+        r.advantage, r.old_logp = x, (-2.5 + rng.normal(0, 1, len(r.response_ids))).astype(np.float32)
+    return rollouts
+
+
+def token_mean(rollouts):
+    """PPO loss over all of `rollouts`, as a function of a micro-batch of them."""
+    n_tokens = sum(len(r.response_ids) for r in rollouts)
+
+    def loss_fn(rows, logp, entropy):
+        length = torch.tensor([len(r.response_ids) for r in rows], dtype=torch.long)
+        old = torch.from_numpy(np.concatenate([np.empty(0, np.float32), *(r.old_logp for r in rows)]))
+        advantage = torch.tensor([r.advantage for r in rows]).repeat_interleave(length)
+        loss, _ = policy_loss(logp, old.to(logp.dtype), advantage)
+        return (loss * token_weights(length, length, "token", n_tokens, len(rollouts))).sum()
+
+    return loss_fn
+
+
+def gradients(policy, micro_batches, loss_fn, grad_clip=0.0):
+    """Policy.update up to the optimizer step: ({name: full gradient}, returned norm)."""
+    seen = {}
+    policy.opt.step = lambda: seen.update({n: p.grad.full_tensor() for n, p in policy.model.named_parameters()})
+    try:
+        norm, taken = policy.update(micro_batches, loss_fn, 1.0, 1e-3, grad_clip)
+    finally:
+        del policy.opt.step
+    assert taken == bool(seen)
+    return {n.removeprefix("lm."): g for n, g in seen.items()}, norm
+
+
+def cut(rollouts, budget=BUDGET, world=1):
+    return [[[rollouts[i] for i in mb] for mb in rank]
+            for rank in partition([packed_length(r) for r in rollouts], world, budget)]
+
+
+def worst(ours, exact):
+    """The largest ‖g - g'‖ / ‖g'‖ of any parameter tensor."""
+    assert ours.keys() == exact.keys()
+    return max(((ours[n].double() - g.double()).norm() / g.double().norm()).item() for n, g in exact.items())
+
+
+def weights(policy):
+    return {n: p.clone() for n, p in policy.named_full(torch.float32)}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# --------------------------------------------------------------------------------------------------------------- the shift
+def test_pack_shifts_by_one_token_and_points_at_what_produced_the_response():
+    a, b = Rollout([5, 6], [7], [8, 9, 1]), Rollout([2], [], [3])
+    x = pack([a, b], torch.device("cpu"))
+    assert x["input_ids"].tolist() == [[5, 6, 7, 8, 9, 2]]                # no rollout's last token is an input
+    assert x["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0]]
+    assert x["cu_seqlens"].tolist() == [0, 5, 6] and x["cu_seqlens"].dtype == torch.int32 and x["max_len"] == 5
+    assert x["index"].tolist() == [2, 3, 4, 5] and x["targets"].tolist() == [8, 9, 1, 3]
+    assert [packed_length(r) for r in (a, b)] == [5, 1]
+
+
+@given(st.integers(0, 10**6), st.integers(1, 8))
+@settings(deadline=None, max_examples=50)
+def test_pack_targets_are_exactly_the_new_tokens_and_their_predecessors_are_at_index(seed, n):
+    rows = ragged(n, seed, 30)
+    x = pack(rows, torch.device("cpu"))
+    assert x["targets"].tolist() == [t for r in rows for t in r.response_ids]
+    before = [(r.prompt_ids + r.prefix_ids + r.response_ids)[-len(r.response_ids) - 1 : -1] for r in rows]
+    assert x["input_ids"][0, x["index"]].tolist() == [t for ids in before for t in ids]
+    assert x["input_ids"].shape[1] == sum(map(packed_length, rows)) == x["cu_seqlens"][-1]
+
+
+def test_packing_nothing_gives_one_dummy_token_without_a_target():
+    x = pack([], torch.device("cpu"))
+    assert x["input_ids"].shape == (1, 1) and len(x["index"]) == len(x["targets"]) == 0
+
+
+@pytest.mark.parametrize("r", [Rollout([1], [2], []), Rollout([], [], [1, 2])])
+def test_a_rollout_without_prompt_or_response_is_refused(r):
+    with pytest.raises(AssertionError, match="needs a prompt and a response"):
+        pack([r], torch.device("cpu"))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_packed_logp_and_entropy_equal_a_plain_forward_one_by_one(policy, temperature, request):
+    model = plain_model(policy.config._name_or_path)
+    rows = ragged(9, 3, policy.config.vocab_size)
+    gap = 0.0
+    for r, ours in zip(rows, policy.score_local(rows, temperature), strict=True):
+        with torch.no_grad():
+            exact = plain_logp(model, r, temperature)
+        assert all(x.dtype == np.float32 and x.shape == (len(r.response_ids),) for x in ours)
+        gap = max(gap, *(np.abs(a - b.numpy()).max() for a, b in zip(ours, exact, strict=True)))
+    print(f"packed against plain forward: {gap:.1e}")
+    assert gap <= 2e-5
+
+
+# ------------------------------------------------------------------------------------------------------ gradients, one rank
+def test_packed_gradients_equal_one_by_one_gradients(policy):
+    rows = prepared(ragged(9, 5, policy.config.vocab_size, per_group=3))
+    loss_fn = token_mean(rows)
+    packed, _ = gradients(policy, cut(rows)[0], loss_fn)
+    single, _ = gradients(policy, [[r] for r in rows], loss_fn)
+    gap = worst(packed, single)
+    print(f"packed against one by one: {gap:.1e}")
+    assert gap <= 1e-5
+
+
+def test_packed_gradients_equal_a_plain_models_in_float64(policy):
+    rows = prepared(ragged(9, 5, policy.config.vocab_size, per_group=3))
+    loss_fn, model = token_mean(rows), plain_model(policy.config._name_or_path, torch.float64)
+    for r in rows:
+        loss_fn([r], *plain_logp(model, r)).backward()
+    ours, norm = gradients(policy, cut(rows)[0], loss_fn)
+    exact = {n: p.grad for n, p in model.named_parameters()}
+    gap = worst(ours, exact)
+    print(f"packed fp32 against plain float64: {gap:.1e}")
+    assert gap <= 1e-5
+    assert norm == pytest.approx(torch.stack([g.norm() for g in exact.values()]).norm().item(), rel=1e-5)
+
+
+def test_micro_batch_budget_does_not_change_the_gradient(policy):
+    rows = prepared(ragged(48, 6, policy.config.vocab_size, per_group=4))
+    loss_fn, total = token_mean(rows), sum(map(packed_length, rows))
+    sizes, grads = [], []
+    for budget in (256, 1024, total):
+        mbs = cut(rows, budget)[0]
+        sizes.append(len(mbs))
+        grads.append(gradients(policy, mbs, loss_fn)[0])
+    assert sizes[0] > sizes[1] > sizes[2] == 1, sizes
+    gaps = [worst(g, grads[2]) for g in grads[:2]]
+    print(f"micro-batches {sizes}: {gaps[0]:.1e} {gaps[1]:.1e}")
+    assert max(gaps) <= 1e-5
+
+
+def test_activation_checkpointing_and_head_chunk_do_not_change_the_gradient(odd, cpu):
+    rows = prepared(ragged(6, 5, 37, per_group=3))
+    loss_fn = token_mean(rows)
+    base, _ = gradients(make(odd), cut(rows)[0], loss_fn)
+    for change in ({"activation_checkpointing": True}, {"head_chunk": 5}):
+        assert worst(gradients(make(odd, **change), cut(rows)[0], loss_fn)[0], base) <= 1e-6
+
+
+def test_scoring_and_update_see_the_same_floats_so_the_first_ratio_is_exactly_one(policy):
+    rows = ragged(12, 8, policy.config.vocab_size)
+    mbs = cut(rows, 128)[0]
+    assert len(mbs) > 1
+    old = {id(r): s[0] for r, s in zip(sum(mbs, []), policy.score(mbs, 1.0), strict=True)}
+    ratios = []
+
+    def loss_fn(rows, logp, entropy):
+        ratios.append((logp.detach() - torch.from_numpy(np.concatenate([old[id(r)] for r in rows]))).exp())
+        return logp.sum()
+
+    gradients(policy, mbs, loss_fn)
+    assert torch.cat(ratios).eq(1).all()
+
+
+# ------------------------------------------------------------------------------------------------------- neighbour isolation
+def test_a_neighbours_tokens_do_not_change_one_bit(policy):
+    v = policy.config.vocab_size
+    a, b, c = Rollout([2, 3, 4], [], [5, 6, 7, 8]), Rollout([4] * 5, [], [3] * 6), Rollout([2, 9], [], [4, 4])
+    other = Rollout([v - 1] * 5, [], [v - 2] * 6)
+    before, after = policy.score([[a, b, c]], 1.0), policy.score([[a, other, c]], 1.0)
+    for i in (0, 2):                                    # the one before it and the one after it
+        assert all(np.array_equal(x, y) for x, y in zip(before[i], after[i], strict=True))
+    assert not np.array_equal(before[1][0], after[1][0])
+
+
+def test_a_neighbour_of_another_length_changes_rounding_only(policy):
+    a, b, c = ragged(3, 1, policy.config.vocab_size)
+    longer = Rollout(b.prompt_ids * 2, [], b.response_ids + [2, 3, 4, 5, 6])
+    alone, gap = policy.score([[a]], 1.0)[0], 0.0
+    for mb in ([a, b, c], [a, longer, c], [longer, a], [c, longer, a]):
+        at = next(i for i, r in enumerate(mb) if r is a)
+        gap = max(gap, *(np.abs(x - y).max() for x, y in zip(policy.score([mb], 1.0)[at], alone, strict=True)))
+    print(f"neighbour of another length: {gap:.1e}")
+    assert gap <= 1e-5
+
+
+def test_no_token_sees_a_later_one(policy):
+    a, b = Rollout([2, 3, 4], [], [5, 6, 7, 8]), Rollout([2, 3, 4], [], [5, 6, 9, 2])
+    (x, h), (y, g) = policy.score([[a, b]], 1.0)
+    assert np.abs(x[:2] - y[:2]).max() <= 1e-6 and np.abs(h[:3] - g[:3]).max() <= 1e-6
+    assert abs(x[2] - y[2]) > 1e-3 and abs(h[3] - g[3]) > 1e-4
+
+
+def test_scores_come_back_in_the_order_given_whatever_the_budget(policy):
+    rows = ragged(20, 4, policy.config.vocab_size)
+    alone = [policy.score([[r]], 1.0)[0] for r in rows]
+    few = policy.score_local(rows, 1.0)
+    policy.cfg.micro_batch_tokens = 70
+    try:
+        many = policy.score_local(rows, 1.0)
+    finally:
+        policy.cfg.micro_batch_tokens = BUDGET
+    for exact, *scores in zip(alone, few, many, strict=True):
+        for s in scores:
+            assert all(np.abs(x - y).max() <= 1e-5 for x, y in zip(s, exact, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------------ micro-batches
+@given(st.lists(st.integers(1, 100), max_size=60), st.integers(1, 6), st.integers(0, 300))
+@example([100] * 7, 2, 0)
+@settings(deadline=None)
+def test_partition_covers_every_index_once_within_budget_and_equally_often_on_all_ranks(lengths, world, slack):
+    budget = max(lengths, default=1) + slack
+    plan = partition(lengths, world, budget)
+    assert len(plan) == world and len({len(rank) for rank in plan}) == 1 <= len(plan[0])
+    assert sorted(i for rank in plan for mb in rank for i in mb) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in mb) <= budget for rank in plan for mb in rank)
+    heaviest = max(sum(lengths[i] for mb in rank for i in mb) for rank in plan)
+    assert heaviest <= sum(lengths) / world + max(lengths, default=0)     # longest first, into the emptiest: Graham's bound
+    assert len(plan[0]) <= 2 * heaviest / budget + 2                      # not one sequence a micro-batch
+
+
+@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 5))
+@settings(deadline=None)
+def test_bins_spread_any_indices_each_once_in_ascending_order(lengths, k):
+    indices = range(0, len(lengths), 2)
+    out = bins(lengths, indices, k)
+    assert len(out) == k and sorted(itertools.chain(*out)) == list(indices) and all(b == sorted(b) for b in out)
+
+
+@pytest.mark.parametrize("world", [2, 3, 8])
+def test_ranks_are_balanced_on_log_normal_lengths(world):
+    rng = random.Random(0)
+    lengths = [min(4096, 1 + int(rng.lognormvariate(6, 0.8))) for _ in range(512)]
+    plan = partition(lengths, world, 16384)
+    loads = [sum(lengths[i] for mb in rank for i in mb) for rank in plan]
+    fill = sum(lengths) / (world * len(plan[0]) * 16384)
+    print(f"{world} ranks: max/mean {max(loads) / np.mean(loads):.5f}, micro-batches {fill:.0%} full")
+    assert max(loads) / np.mean(loads) <= 1.05 and fill >= 0.75
+
+
+def test_a_sequence_over_the_budget_is_a_value_error_naming_the_key(fresh):
+    with pytest.raises(ValueError, match="micro_batch_tokens=99 .* 100 tokens"):
+        partition([5, 100], 2, 99)
+    fresh.cfg.micro_batch_tokens = 10
+    with pytest.raises(ValueError, match="micro_batch_tokens=10"):
+        fresh.score_local([Rollout([2] * 8, [], [3] * 8)], 1.0)
+
+
+def test_loss_denominator_counts_neither_prompt_nor_padding_nor_the_ranks_share(policy):
+    """All advantages 1 and all ratios 1: the loss is -1, or the denominator counts something else than response tokens."""
+    for prompt, budget in ((2, 4096), (60, 100), (60, 4096)):
+        rows = ragged(12, 2, policy.config.vocab_size, prompt=(prompt, prompt))
+        cfg, sums = config(micro_batch_tokens=budget), {"gap": 0.0}
+        plan = partition([packed_length(r) for r in rows], 1, budget)
+        for mb, scored in zip(plan[0], map(policy.score, ([[[rows[i] for i in mb]]][0] for mb in plan[0]), itertools.repeat(1.0))):
+            for i, s in zip(mb, scored, strict=True):
+                rows[i].old_logp, rows[i].entropy, rows[i].advantage = *s, 1.0
+        run = SimpleNamespace(policy=policy, rank=0, world=1)
+        total = []
+        inner = cure.minibatch_loss(run, cfg, rows, plan, (0,), sums)
+
+        def loss_fn(*args, inner=inner, total=total):
+            total.append(inner(*args))
+            return total[-1]
+
+        gradients(policy, [[rows[i] for i in mb] for mb in plan[0]], loss_fn)
+        assert sum(total).item() == pytest.approx(-1, abs=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------------- the optimizer step
+def test_first_step_moves_every_parameter_by_about_lr(fresh):
+    rows, before = prepared(ragged(8, 5, 25, per_group=4)), weights(fresh)
+    norm, taken = fresh.update(cut(rows)[0], token_mean(rows), 1.0, 1e-3, 1.0)
+    assert taken and np.isfinite(norm) and norm > 0 and fresh.adam_step == 1
+    for name, w in weights(fresh).items():
+        moved = (w - before[name]).abs()
+        assert 0.9e-3 < moved.max() < 1.1e-3, name      # Adam's first step is lr times the sign of the gradient
+
+
+def test_a_step_descends_the_loss_it_was_given(fresh):
+    rows = ragged(8, 5, 25)
+    n = sum(len(r.response_ids) for r in rows)
+    losses = []
+
+    def loss_fn(_, logp, __):
+        losses.append(-logp.sum() / n)
+        return losses[-1]
+
+    for _ in range(5):
+        fresh.update(cut(rows)[0], loss_fn, 1.0, 1e-3, 1.0)
+    assert losses == sorted(losses, reverse=True) and losses[4] < losses[0] - 0.02
+
+
+def test_lr_of_the_call_is_used_and_zero_moves_nothing(fresh):
+    rows, before = prepared(ragged(4, 5, 25, per_group=4)), weights(fresh)
+    fresh.update(cut(rows)[0], token_mean(rows), 1.0, 0.0, 1.0)
+    assert same(weights(fresh), before)
+
+
+def test_weight_decay_is_on_all_parameters(sharp, cpu):
+    p = make(sharp, weight_decay=0.5)
+    assert [g["weight_decay"] for g in p.opt.param_groups] == [0.5]
+    assert len(p.opt.param_groups[0]["params"]) == len(list(p.model.parameters()))
+    before = weights(p)
+    p.update([[]], lambda rows, logp, entropy: logp.sum(), 1.0, 0.1, 1.0)         # no gradient: nothing but decay
+    assert all(torch.allclose(w, before[n] * 0.95, rtol=1e-6) for n, w in weights(p).items())
+
+
+@pytest.mark.parametrize("clip", [0.5, 1e6, 0.0])
+def test_gradient_is_clipped_to_the_norm_and_keeps_its_direction(policy, clip):
+    rows = prepared(ragged(8, 5, policy.config.vocab_size, per_group=4))
+
+    def loss_fn(*args, inner=token_mean(rows)):
+        return 10 * inner(*args)
+
+    free, norm = gradients(policy, cut(rows)[0], loss_fn)
+    clipped, reported = gradients(policy, cut(rows)[0], loss_fn, clip)
+    assert reported == norm > 1                         # what is logged is the norm before clipping
+    scale = 0.5 / norm if clip == 0.5 else 1.0
+    assert worst(clipped, {n: g * scale for n, g in free.items()}) <= 2e-6
+    assert torch.stack([g.double().norm() for g in clipped.values()]).norm().item() == pytest.approx(norm * scale, rel=1e-5)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_takes_no_step_and_leaves_no_trace(fresh, bad):
+    rows = prepared(ragged(6, 5, 25, per_group=3))
+    before = weights(fresh)
+    norm, taken = fresh.update(cut(rows, 128)[0], lambda r, logp, h: (logp * bad).sum(), 1.0, 1e-3, 1.0)
+    assert not taken and not np.isfinite(norm) and same(weights(fresh), before) and fresh.adam_step == 0
+    clean, _ = gradients(fresh, cut(rows)[0], token_mean(rows))           # nothing of it is left in the gradients either
+    assert all(g.isfinite().all() for g in clean.values())
+    assert fresh.update(cut(rows)[0], token_mean(rows), 1.0, 1e-3, 1.0)[1] and not same(weights(fresh), before)
+
+
+def test_empty_rows_give_no_nan_and_no_gradient(policy):
+    assert policy.score_local([], 1.0) == [] == policy.score([[], []], 1.0)
+    rows = prepared(ragged(5, 5, policy.config.vocab_size, per_group=5))
+    loss_fn = token_mean(rows)
+    g, norm = gradients(policy, [[]], loss_fn)
+    assert norm == 0 and not any(x.any() for x in g.values())
+    full, _ = gradients(policy, [rows], loss_fn)
+    padded, _ = gradients(policy, [[], rows, []], loss_fn)
+    assert all(torch.equal(full[n], padded[n]) for n in full)
+
+
+def test_training_does_not_touch_the_global_generator(fresh):
+    rows, before = prepared(ragged(4, 5, 25, per_group=4)), torch.get_rng_state()
+    fresh.score_local(rows, 1.0)
+    fresh.update(cut(rows)[0], token_mean(rows), 1.0, 1e-3, 1.0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# ------------------------------------------------------------------------------------------------------ weights in and out
+@pytest.mark.parametrize("name", ["sharp", "odd"])
+def test_saved_folder_reloads_in_transformers_with_the_same_logits(name, request, cpu, tmp_path):
+    from transformers import AutoTokenizer, GenerationConfig
+    source = request.getfixturevalue(name)
+    p, tokenizer = make(source), AutoTokenizer.from_pretrained(source)
+    rows = prepared(ragged(6, 5, 25, per_group=3))
+    p.update(cut(rows)[0], token_mean(rows), 1.0, 1e-3, 1.0)
+    p.save_hf(tmp_path, tokenizer)
+    again = plain_model(tmp_path)
+    assert same(weights(p), dict(again.named_parameters())) and not same(weights(p), dict(plain_model(source).named_parameters()))
+    assert again.config.tie_word_embeddings == (name == "sharp")
+    original = plain_model(source)                      # logits, bit for bit: the same weights in the model they came from
+    original.load_state_dict({n: w for n, w in weights(p).items()}, strict=False)
+    ids = torch.tensor([rows[0].prompt_ids + rows[0].response_ids])
+    assert torch.equal(again(ids).logits, original(ids).logits)
+    for r, (logp, _) in zip(rows, p.score_local(rows, 1.0), strict=True):
+        assert np.abs(plain_logp(again, r)[0].detach().numpy() - logp).max() <= 2e-5
+    assert AutoTokenizer.from_pretrained(tmp_path)("1+2=3;")["input_ids"] == tokenizer("1+2=3;")["input_ids"]
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == 1
+    assert not [f.name for f in tmp_path.iterdir() if f.suffix in (".bin", ".pt", ".pkl")]
+
+
+def test_named_full_names_every_parameter_of_the_hf_model_once(policy):
+    names = [n for n, _ in policy.named_full()]
+    model = plain_model(policy.config._name_or_path)
+    assert len(names) == len(set(names)) and set(names) == {n for n, _ in model.named_parameters()}
+    assert policy.n_params == sum(p.numel() for p in model.parameters())
+
+
+def test_state_holds_weights_and_moments_and_prepare_adam_makes_room_for_them(sharp, fresh):
+    names = {n for n, _ in fresh.model.named_parameters()}
+    assert set(fresh.state()) == {"model." + n for n in names} and fresh.adam_step == 0
+    rows = prepared(ragged(4, 5, 25, per_group=4))
+    for _ in range(2):
+        fresh.update(cut(rows)[0], token_mean(rows), 1.0, 1e-3, 1.0)
+    state = fresh.state()
+    assert set(state) == {f"{k}{n}" for n in names for k in ("model.", "exp_avg.", "exp_avg_sq.")} and fresh.adam_step == 2
+    other = make(sharp)
+    other.prepare_adam(2)
+    with torch.no_grad():
+        for k, v in other.state().items():
+            v.copy_(state[k])
+    assert other.adam_step == 2
+    for p in (fresh, other):
+        p.update(cut(rows)[0], token_mean(rows), 1.0, 1e-3, 1.0)
+    assert same(weights(fresh), weights(other))         # a copy of state() goes on bit for bit
+    other.new_optimizer(config())
+    assert other.adam_step == 0
+
+
+def test_bf16_compute_keeps_fp32_masters_and_fp32_scores(sharp, cpu):
+    p, full = make(sharp, dtype="bfloat16"), make(sharp)
+    rows = prepared(ragged(6, 5, 25, per_group=3))
+    gap = 0.0
+    for a, b in zip(p.score_local(rows, 1.0), full.score_local(rows, 1.0), strict=True):
+        assert a[0].dtype == a[1].dtype == np.float32
+        gap = max(gap, np.abs(a[0] - b[0]).mean())
+    assert 1e-5 < gap < 0.2
+    before = weights(p)
+    p.update(cut(rows)[0], token_mean(rows), 1.0, 1e-6, 1.0)              # far below bf16's resolution
+    assert all(w.dtype == torch.float32 for w in p.model.parameters()) and not same(weights(p), before)
+    assert {w.dtype for _, w in p.named_full()} == {torch.bfloat16}
+    exact, ours = gradients(full, cut(rows)[0], token_mean(rows))[0], gradients(p, cut(rows)[0], token_mean(rows))[0]
+    assert all(g.dtype == torch.float32 for g in ours.values()) and worst(ours, exact) < 0.3
+
+
+def test_compute_dtype_is_fp32_on_cpu_and_bf16_on_cuda_unless_named():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert [compute_dtype(config(), d) for d in (cpu, cuda)] == [torch.float32, torch.bfloat16]
+    assert [compute_dtype(config(dtype="bfloat16"), cpu), compute_dtype(config(dtype="float32"), cuda)] == [
+        torch.bfloat16, torch.float32]  # fmt: skip
+
+
+def test_a_folder_without_a_model_is_a_value_error_naming_the_key(cpu, tmp_path):
+    with pytest.raises(ValueError, match="^model: cannot load") as caught:
+        make(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+# -------------------------------------------------------------------------------------------------------------- more ranks
+VARIANTS = {
+    "token": {},
+    "sequence": {"agg": "sequence"},
+    "mask": {"entropy_mask_rho": 0.3},
+    "mask of all": {"entropy_mask_rho": 0.3, "entropy_mask_norm": "all"},
+    "small micro-batches": {"micro_batch_tokens": 70},
+}
+
+
+def steps_of(policy, rank, world, variant):
+    """Gradients of all minibatches of one training step on 7 kept groups of 4, cut as the training loop cuts them."""
+    cfg = config(prompts_per_minibatch=3, **VARIANTS[variant])
+    rows = ragged(28, 11, 25, per_group=4)
+    run = SimpleNamespace(policy=policy, rank=rank, world=world)
+    plan = cure.prepare(run, cfg, rows, {})
+    rng = np.random.default_rng(0)
+    for r in rows:                                      # as after an optimizer step: ratios apart from 1, some clipped
+        r.old_logp = r.old_logp + rng.normal(0, 0.3, len(r.old_logp)).astype(np.float32)
+    out = []
+    for k, mini in enumerate(plan):
+        loss_fn = cure.minibatch_loss(run, cfg, rows, mini, (0, "stage", 1, k), {"gap": 0.0})
+        out.append(gradients(policy, [[rows[i] for i in mb] for mb in mini[rank]], loss_fn))
+    return out, [[len(mb) for mb in mini] for mini in plan], [r.old_logp for r in rows]
+
+
+def rank_job(rank, world, device, source, out):
+    """One rank's side of all tests below; what they look at is saved by rank 0."""
+    policy, found = make(source), {}
+    for variant in VARIANTS:
+        steps, counts, old = steps_of(policy, rank, world, variant)
+        found[variant] = {"grads": [g for g, _ in steps], "norms": gather([[n for _, n in steps]]), "counts": counts,
+                          "old": [torch.from_numpy(x) for x in old]}  # fmt: skip
+    # one rollout for all ranks: all but one have nothing to do
+    rows = prepared(ragged(1, 5, 25))
+    rows[0].advantage = 1.0
+    plan = cut(rows, world=world)
+    found["one"] = {"grads": gradients(policy, plan[rank], token_mean(rows))[0], "busy": gather([sum(map(len, plan[rank]))])}
+    # scoring with 0, 1, 2 micro-batches on ranks 0, 1, 2
+    mine = ragged(rank, 100 + rank, 25)
+    scored = policy.score([[r] for r in mine], 1.0)
+    found["uneven"] = gather([torch.from_numpy(logp) for logp, _ in scored])
+    # a gradient that is not finite on the last rank alone
+    rows = prepared(ragged(8, 5, 25, per_group=4))
+    loss_fn, before = token_mean(rows), weights(policy)
+    plan = cut(rows, world=world)[rank]
+
+    def broken(r, logp, entropy):
+        return loss_fn(r, logp, entropy) * (float("nan") if rank == world - 1 else 1.0)
+
+    norm, taken = policy.update(plan, broken, 1.0, 1e-3, 1.0)
+    found["nan"] = {"taken": gather([taken]), "finite": gather([bool(np.isfinite(norm))]),
+                    "same": gather([same(before, weights(policy))]), "adam": gather([policy.adam_step])}  # fmt: skip
+    # and a good one after it, from which the same weights follow as on one rank
+    norm, taken = policy.update(plan, loss_fn, 1.0, 1e-3, 1.0)
+    found["after"] = {"taken": gather([taken]), "weights": weights(policy)}
+    from transformers import AutoTokenizer
+    policy.save_hf(f"{out}/hf{world}", AutoTokenizer.from_pretrained(source))
+    if rank == 0:
+        torch.save(found, f"{out}/{world}.pt")
+    dist.barrier()
+
+
+@pytest.fixture(scope="module")
+def alone(sharp, cpu):
+    """What one process finds: gradients and old log-probs of every variant."""
+    policy = make(sharp)
+    return {v: steps_of(policy, 0, 1, v) for v in VARIANTS}
+
+
+@pytest.fixture(scope="module")
+def ranks(sharp, tmp_path_factory):
+    out = tmp_path_factory.mktemp("ranks")
+    run_ranks(__file__, [3, 2], sharp, out)
+    return {w: torch.load(out / f"{w}.pt", weights_only=True) | {"hf": out / f"hf{w}"} for w in (2, 3)}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("world", [2, 3])
+def test_gradient_is_rank_invariant_on_ragged_lengths_and_uneven_groups(ranks, alone, world, variant):
+    steps, _, old = alone[variant]
+    found = ranks[world][variant]
+    assert len(found["grads"]) == len(steps) == 3
+    gap = max(worst(g, exact) for g, (exact, _) in zip(found["grads"], steps, strict=True))
+    print(f"{world} ranks against 1, {variant}: {gap:.1e}")
+    assert gap <= 1e-5
+    for norms in found["norms"]:
+        assert norms == found["norms"][0] and norms == pytest.approx([n for _, n in steps], rel=1e-6)
+    assert all(len(set(mini)) == 1 for mini in found["counts"])           # equally many forwards on every rank
+    assert max((a - b).abs().max() for a, b in zip(found["old"], map(torch.from_numpy, old), strict=True)) <= 1e-5
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_rank_with_nothing_to_do_joins_in_and_changes_nothing(ranks, fresh, world):
+    rows = prepared(ragged(1, 5, 25))
+    rows[0].advantage = 1.0
+    exact, _ = gradients(fresh, [rows], token_mean(rows))
+    assert sorted(ranks[world]["one"]["busy"]) == [0] * (world - 1) + [1]
+    assert worst(ranks[world]["one"]["grads"], exact) <= 1e-5
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_may_bring_different_numbers_of_micro_batches_to_a_scoring_pass(ranks, fresh, world):
+    rows = [r for rank in range(world) for r in ragged(rank, 100 + rank, 25)]
+    exact = [s[0] for s in fresh.score([[r] for r in rows], 1.0)]
+    assert len(exact) == len(ranks[world]["uneven"])
+    assert all(np.abs(a.numpy() - b).max() <= 1e-5 for a, b in zip(ranks[world]["uneven"], exact, strict=True))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_nan_gradient_on_one_rank_makes_every_rank_skip_the_step_bit_for_bit(ranks, world):
+    assert ranks[world]["nan"] == {"taken": [False] * world, "finite": [False] * world, "same": [True] * world,
+                                   "adam": [0] * world}  # fmt: skip
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_step_after_a_skipped_one_is_taken_and_equals_one_process(ranks, fresh, world):
+    rows = prepared(ragged(8, 5, 25, per_group=4))
+    fresh.update(cut(rows)[0], token_mean(rows), 1.0, 1e-3, 1.0)
+    assert ranks[world]["after"]["taken"] == [True] * world
+    for n, w in weights(fresh).items():                 # Adam's first step turns rounding into up to 2 lr where g ~ 0
+        gap = (ranks[world]["after"]["weights"][n] - w).abs()
+        assert gap.max() <= 2.1e-3 and (gap > 1e-5).double().mean() <= 1e-3, n
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_folder_saved_by_several_ranks_is_whole(ranks, world):
+    assert same(dict(plain_model(ranks[world]["hf"]).named_parameters()), ranks[world]["after"]["weights"])
+
+
+if __name__ == "__main__":
+    in_ranks(rank_job)
+    sys.exit()
