@@ -31,7 +31,7 @@ import rollout
 from config import FREE_KEYS, load_config
 from eval import evaluate
 from loss import entropy_mask, group_advantages, mismatch, n_kept, policy_loss, token_weights, truncated_importance
-from policy import Policy, compute_dtype, init_distributed, packed_length, partition
+from policy import Policy, compute_dtype, engine_share, init_distributed, packed_length, partition
 from reward import VerifierPool, self_test
 from rollout import Rollout, Task, allowed_tokens, collect, gather, request_seed, timed
 
@@ -399,6 +399,10 @@ def _setup(argv, train):
         self_test(cfg.verifier, pool)
     run.regions = data.toy_regions if first.eval_data.startswith(first.toy_dir) else None
     resume = find_checkpoint(run, first) if train else None
+    context = getattr(load_hf_config(path), "max_position_embeddings", None) or math.inf
+    for name, cfg in stages:
+        if cfg.max_prompt_tokens + cfg.max_response_tokens > context:
+            raise ValueError(f"max_prompt_tokens: with max_response_tokens over the model's context of {context} (stage {name})")
     run.engine = make_engine(run, path, stop_ids)
     run.policy = Policy(first, path, run.device)
     V = run.policy.config.vocab_size
@@ -430,6 +434,16 @@ def load_tokenizer(path):
     return tokenizer, eos if isinstance(eos, list) else [eos]
 
 
+def load_hf_config(path):
+    """The model's configuration; ValueError names `model`."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as e:
+        raise ValueError(f"model: cannot read the configuration of {path!r}: {str(e).splitlines()[0]}") from e
+
+
 def make_engine(run, path, stop_ids):
     """The rollout engine all stages share: one a rank."""
     cfg = run.stages[0][1]
@@ -442,7 +456,11 @@ def make_engine(run, path, stop_ids):
     if kind == "torch":
         return rollout.TorchEngine(cfg, path, run.device, dtype, stop_ids)
     longest = max(c.max_prompt_tokens + c.max_response_tokens for _, c in run.stages)
-    return rollout.VLLMEngine(cfg, path, run.device, dtype, stop_ids, longest)
+    share = None
+    if run.device.type == "cuda":
+        share, report = engine_share(cfg, load_hf_config(path), run.world, torch.cuda.mem_get_info()[1])
+        run.print(report)
+    return rollout.VLLMEngine(cfg, path, run.device, dtype, stop_ids, longest, share)
 
 
 def make_toy_base(run, folder):

@@ -68,8 +68,8 @@ def _by_prompt(rollouts, entropies, n):
 
 def _row(rollouts, entropies, regions):
     """What one prompt's samples contribute: counts, and (sum, count) of the entropy of all tokens and of each region."""
-    votes = Counter(r.answer for r in rollouts)
-    majority = votes.most_common(1)[0][0]
+    votes = Counter(r.answer for r in rollouts if not r.answer.startswith("["))  # [INVALID], [TIMEOUT]: no answer, no vote
+    majority = votes.most_common(1)[0][0] if votes else None
     entropy = {"": (float(np.sum([h.sum() for h in entropies])), sum(len(h) for h in entropies))}
     for r, h in zip(rollouts, entropies, strict=True):
         for name, mask in regions(r.text).items() if regions else ():
@@ -79,7 +79,7 @@ def _row(rollouts, entropies, regions):
     return {
         "id": rollouts[0].prompt_id,
         "right": sum(r.correct for r in rollouts),
-        "majority": next(r.correct for r in rollouts if r.answer == majority),
+        "majority": next((r.correct for r in rollouts if r.answer == majority), False),
         "distinct": len({tuple(r.response_ids) for r in rollouts}),
         "tokens": sum(len(r.response_ids) for r in rollouts),
         "cut": sum(r.finish == "length" for r in rollouts),

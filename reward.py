@@ -50,7 +50,7 @@ BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # steps over \{ and \}, which group 
 
 
 def normalise(answer):
-    """Minerva's normal form of an answer, steps 1-5 of algorithm.md section 3. Gold answers go through it, too."""
+    """Minerva's normal form of an answer, as verl's math_dapo computes it. Gold answers go through it, too."""
     answer = answer.rpartition("=")[2]
     for old, new in REPLACED:
         answer = answer.replace(old, new)
@@ -115,7 +115,7 @@ def score(text, gold, verifier="dapo"):
     text: the response, never the prompt (whose template contains "Answer: $Answer"). gold: the gold answer as text.
     verifier: "dapo" = verl's math_dapo, the last "Answer:" line within the last 300 characters; "boxed" = the last
     \\boxed{}, normalised the same way; "math_verify" = symbolic, without any time limit in this process (training and
-    evaluation use VerifierPool). Raises ValueError for another verifier. Source: algorithm.md section 3."""
+    evaluation use VerifierPool). Raises ValueError for another verifier. Source: verl, math_dapo.py."""
     check_verifier(verifier)
     if verifier == "dapo":
         found = ANSWER_LINE.findall(text[-300:])

@@ -1,6 +1,6 @@
 """What several test files share: one thread, a process group of one, tiny random models, and a launcher of gloo ranks.
 
-The models learnt nothing, but their output weights are large, so that entropies differ and log-probs are worth comparing."""
+The models learnt nothing, but their weights are large, so that entropies differ and log-probs are worth comparing."""
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")           # before torch is imported: two cores are no place for its threads
@@ -19,19 +19,20 @@ LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def sharpen(folder, **changes):
-    """Rewrite the model in `folder` with random norms and biases and a large head; `changes` are of its config."""
+    """Rewrite the model in `folder` with large random weights: entropies of 0.8 to 2.9 nats, responses that end at times.
+    `changes` are of its config."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     config = AutoConfig.from_pretrained(folder)
+    config.initializer_range = 0.15
     for key, value in changes.items():
         setattr(config, key, value)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        for name, p in model.named_parameters():
-            p.data += 0.1 * torch.randn_like(p) if p.ndim == 1 else 0
-            if "layers" not in name and p.ndim == 2:
-                p.data *= 10
+        for p in model.parameters():
+            if p.ndim == 1:                             # norms and biases
+                p.data += 0.1 * torch.randn_like(p)
     model.save_pretrained(folder)
     return str(folder)
 
@@ -47,7 +48,7 @@ def toy(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def sharp(tmp_path_factory):
-    """The toy with large output weights: entropies between 0 and ln V. Read only."""
+    """The toy with large weights (see sharpen). Read only."""
     import data
     folder = str(tmp_path_factory.mktemp("models") / "sharp")
     data.make_toy(folder, n_train=64, n_heldout=16, n_sft=32)
@@ -92,7 +93,7 @@ def ragged(n, seed, vocab, per_group=1, prompt=(2, 12), prefix=(0, 6), response=
     out = []
     for i in range(n):
         r = Rollout(ids(prompt), ids(prefix) if i % 2 else [], ids(response), group=i // per_group, prompt_id=i // per_group)
-        r.reward, r.seed = rng.choice([1.0, -1.0]), i
+        r.reward, r.seed = 1.0 if i % per_group % 3 == 0 else -1.0, i     # every group is mixed
         r.engine_logp = np.float32([-rng.random() for _ in r.response_ids])
         out.append(r)
     return out

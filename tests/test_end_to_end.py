@@ -279,13 +279,15 @@ def test_a_skipped_sync_stops_the_run_at_the_next_step(config, tmp_path, monkeyp
 
 def test_groups_without_contrast_are_not_trained_on(config, tiny, tmp_path, capsys):
     wrong = tmp_path / "wrong.jsonl"
-    wrong.write_text("".join(json.dumps({"prompt": f"{a}+{b}?", "answer": "999"}) + "\n" for a in range(1, 5) for b in range(1, 5)))
-    cure.main(["--config", config, f"out_dir={tmp_path}/run", f"data={wrong}", "eval_data=", "max_steps=2", "max_rounds=2"])
+    rows = [{"prompt": f"{a}+{b}?", "answer": "999"} for a in range(1, 5) for b in range(1, 5)]
+    wrong.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    argv = ["--config", config, f"data={wrong}", "eval_data="]
+    cure.main([*argv, f"out_dir={tmp_path}/run", "max_steps=2", "max_rounds=2"])
     m = train_lines(tmp_path / "run")
     assert [(x["train/kept_groups"], x["train/empty_steps"], x["opt_step"], x["train/rounds"]) for x in m] == [(0, 1, 0, 2)] * 2
     assert "no group kept" in capsys.readouterr().out
     with pytest.raises(RuntimeError, match="on_starved"):
-        cure.main(["--config", config, f"out_dir={tmp_path}/raise", f"data={wrong}", "eval_data=", "max_rounds=1", "on_starved=raise"])
+        cure.main([*argv, f"out_dir={tmp_path}/raise", "max_rounds=1", "on_starved=raise"])
     torch.distributed.destroy_process_group()
 
 

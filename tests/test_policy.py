@@ -56,12 +56,12 @@ def plain_logp(model, r, temperature=1.0):
     return logq.gather(-1, ids[0, 1:, None])[-n:, 0], -(logq.exp() * logq).sum(-1)[-n:]
 
 
-def prepared(rollouts, seed=0):
+def prepared(policy, rollouts):
     """Advantages, and old log-probs some way from the present ones, so that clipping is at work."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     a = group_advantages(torch.tensor([r.reward for r in rollouts]), torch.tensor([r.group for r in rollouts]))
-    for r, x in zip(rollouts, a.tolist(), strict=True):
-        r.advantage, r.old_logp = x, (-2.5 + rng.normal(0, 1, len(r.response_ids))).astype(np.float32)
+    for r, x, (logp, _) in zip(rollouts, a.tolist(), policy.score_local(rollouts, 1.0), strict=True):
+        r.advantage, r.old_logp = x, logp + rng.normal(0, 0.3, len(logp)).astype(np.float32)
     return rollouts
 
 
@@ -144,7 +144,7 @@ def test_a_rollout_without_prompt_or_response_is_refused(r):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_packed_logp_and_entropy_equal_a_plain_forward_one_by_one(policy, temperature, request):
+def test_packed_logp_and_entropy_equal_a_plain_forward_one_by_one(policy, temperature):
     model = plain_model(policy.config._name_or_path)
     rows = ragged(9, 3, policy.config.vocab_size)
     gap = 0.0
@@ -159,7 +159,7 @@ def test_packed_logp_and_entropy_equal_a_plain_forward_one_by_one(policy, temper
 
 # ------------------------------------------------------------------------------------------------------ gradients, one rank
 def test_packed_gradients_equal_one_by_one_gradients(policy):
-    rows = prepared(ragged(9, 5, policy.config.vocab_size, per_group=3))
+    rows = prepared(policy, ragged(9, 5, policy.config.vocab_size, per_group=3))
     loss_fn = token_mean(rows)
     packed, _ = gradients(policy, cut(rows)[0], loss_fn)
     single, _ = gradients(policy, [[r] for r in rows], loss_fn)
@@ -169,7 +169,7 @@ def test_packed_gradients_equal_one_by_one_gradients(policy):
 
 
 def test_packed_gradients_equal_a_plain_models_in_float64(policy):
-    rows = prepared(ragged(9, 5, policy.config.vocab_size, per_group=3))
+    rows = prepared(policy, ragged(9, 5, policy.config.vocab_size, per_group=3))
     loss_fn, model = token_mean(rows), plain_model(policy.config._name_or_path, torch.float64)
     for r in rows:
         loss_fn([r], *plain_logp(model, r)).backward()
@@ -182,7 +182,7 @@ def test_packed_gradients_equal_a_plain_models_in_float64(policy):
 
 
 def test_micro_batch_budget_does_not_change_the_gradient(policy):
-    rows = prepared(ragged(48, 6, policy.config.vocab_size, per_group=4))
+    rows = prepared(policy, ragged(48, 6, policy.config.vocab_size, per_group=4))
     loss_fn, total = token_mean(rows), sum(map(packed_length, rows))
     sizes, grads = [], []
     for budget in (256, 1024, total):
@@ -196,11 +196,12 @@ def test_micro_batch_budget_does_not_change_the_gradient(policy):
 
 
 def test_activation_checkpointing_and_head_chunk_do_not_change_the_gradient(odd, cpu):
-    rows = prepared(ragged(6, 5, 37, per_group=3))
+    base = make(odd)
+    rows = prepared(base, ragged(6, 5, 37, per_group=3))
     loss_fn = token_mean(rows)
-    base, _ = gradients(make(odd), cut(rows)[0], loss_fn)
+    exact, _ = gradients(base, cut(rows)[0], loss_fn)
     for change in ({"activation_checkpointing": True}, {"head_chunk": 5}):
-        assert worst(gradients(make(odd, **change), cut(rows)[0], loss_fn)[0], base) <= 1e-6
+        assert worst(gradients(make(odd, **change), cut(rows)[0], loss_fn)[0], exact) <= 1e-6
 
 
 def test_scoring_and_update_see_the_same_floats_so_the_first_ratio_is_exactly_one(policy):
@@ -290,9 +291,8 @@ def test_ranks_are_balanced_on_log_normal_lengths(world):
     lengths = [min(4096, 1 + int(rng.lognormvariate(6, 0.8))) for _ in range(512)]
     plan = partition(lengths, world, 16384)
     loads = [sum(lengths[i] for mb in rank for i in mb) for rank in plan]
-    fill = sum(lengths) / (world * len(plan[0]) * 16384)
-    print(f"{world} ranks: max/mean {max(loads) / np.mean(loads):.5f}, micro-batches {fill:.0%} full")
-    assert max(loads) / np.mean(loads) <= 1.05 and fill >= 0.75
+    print(f"{world} ranks: max/mean {max(loads) / np.mean(loads):.5f}, {len(plan[0])} micro-batches each")
+    assert max(loads) / np.mean(loads) <= 1.05 and len(plan[0]) == -(-max(loads) // 16384)
 
 
 def test_a_sequence_over_the_budget_is_a_value_error_naming_the_key(fresh):
@@ -305,13 +305,13 @@ def test_a_sequence_over_the_budget_is_a_value_error_naming_the_key(fresh):
 
 def test_loss_denominator_counts_neither_prompt_nor_padding_nor_the_ranks_share(policy):
     """All advantages 1 and all ratios 1: the loss is -1, or the denominator counts something else than response tokens."""
-    for prompt, budget in ((2, 4096), (60, 100), (60, 4096)):
+    for prompt, budget in ((2, 4096), (60, 120), (60, 4096)):
         rows = ragged(12, 2, policy.config.vocab_size, prompt=(prompt, prompt))
         cfg, sums = config(micro_batch_tokens=budget), {"gap": 0.0}
         plan = partition([packed_length(r) for r in rows], 1, budget)
-        for mb, scored in zip(plan[0], map(policy.score, ([[[rows[i] for i in mb]]][0] for mb in plan[0]), itertools.repeat(1.0))):
-            for i, s in zip(mb, scored, strict=True):
-                rows[i].old_logp, rows[i].entropy, rows[i].advantage = *s, 1.0
+        for mb in plan[0]:
+            for i, (logp, _) in zip(mb, policy.score([[rows[i] for i in mb]], 1.0), strict=True):
+                rows[i].old_logp, rows[i].advantage = logp, 1.0
         run = SimpleNamespace(policy=policy, rank=0, world=1)
         total = []
         inner = cure.minibatch_loss(run, cfg, rows, plan, (0,), sums)
@@ -326,7 +326,7 @@ def test_loss_denominator_counts_neither_prompt_nor_padding_nor_the_ranks_share(
 
 # -------------------------------------------------------------------------------------------------------- the optimizer step
 def test_first_step_moves_every_parameter_by_about_lr(fresh):
-    rows, before = prepared(ragged(8, 5, 25, per_group=4)), weights(fresh)
+    rows, before = prepared(fresh, ragged(8, 5, 25, per_group=4)), weights(fresh)
     norm, taken = fresh.update(cut(rows)[0], token_mean(rows), 1.0, 1e-3, 1.0)
     assert taken and np.isfinite(norm) and norm > 0 and fresh.adam_step == 1
     for name, w in weights(fresh).items():
@@ -349,7 +349,7 @@ def test_a_step_descends_the_loss_it_was_given(fresh):
 
 
 def test_lr_of_the_call_is_used_and_zero_moves_nothing(fresh):
-    rows, before = prepared(ragged(4, 5, 25, per_group=4)), weights(fresh)
+    rows, before = prepared(fresh, ragged(4, 5, 25, per_group=4)), weights(fresh)
     fresh.update(cut(rows)[0], token_mean(rows), 1.0, 0.0, 1.0)
     assert same(weights(fresh), before)
 
@@ -365,9 +365,11 @@ def test_weight_decay_is_on_all_parameters(sharp, cpu):
 
 @pytest.mark.parametrize("clip", [0.5, 1e6, 0.0])
 def test_gradient_is_clipped_to_the_norm_and_keeps_its_direction(policy, clip):
-    rows = prepared(ragged(8, 5, policy.config.vocab_size, per_group=4))
+    rows = prepared(policy, ragged(8, 5, policy.config.vocab_size, per_group=4))
 
-    def loss_fn(*args, inner=token_mean(rows)):
+    inner = token_mean(rows)
+
+    def loss_fn(*args):
         return 10 * inner(*args)
 
     free, norm = gradients(policy, cut(rows)[0], loss_fn)
@@ -380,7 +382,7 @@ def test_gradient_is_clipped_to_the_norm_and_keeps_its_direction(policy, clip):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_takes_no_step_and_leaves_no_trace(fresh, bad):
-    rows = prepared(ragged(6, 5, 25, per_group=3))
+    rows = prepared(fresh, ragged(6, 5, 25, per_group=3))
     before = weights(fresh)
     norm, taken = fresh.update(cut(rows, 128)[0], lambda r, logp, h: (logp * bad).sum(), 1.0, 1e-3, 1.0)
     assert not taken and not np.isfinite(norm) and same(weights(fresh), before) and fresh.adam_step == 0
@@ -391,7 +393,7 @@ def test_a_gradient_that_is_not_finite_takes_no_step_and_leaves_no_trace(fresh, 
 
 def test_empty_rows_give_no_nan_and_no_gradient(policy):
     assert policy.score_local([], 1.0) == [] == policy.score([[], []], 1.0)
-    rows = prepared(ragged(5, 5, policy.config.vocab_size, per_group=5))
+    rows = prepared(policy, ragged(5, 5, policy.config.vocab_size, per_group=5))
     loss_fn = token_mean(rows)
     g, norm = gradients(policy, [[]], loss_fn)
     assert norm == 0 and not any(x.any() for x in g.values())
@@ -401,7 +403,7 @@ def test_empty_rows_give_no_nan_and_no_gradient(policy):
 
 
 def test_training_does_not_touch_the_global_generator(fresh):
-    rows, before = prepared(ragged(4, 5, 25, per_group=4)), torch.get_rng_state()
+    rows, before = prepared(fresh, ragged(4, 5, 25, per_group=4)), torch.get_rng_state()
     fresh.score_local(rows, 1.0)
     fresh.update(cut(rows)[0], token_mean(rows), 1.0, 1e-3, 1.0)
     assert torch.equal(torch.get_rng_state(), before)
@@ -413,7 +415,7 @@ def test_saved_folder_reloads_in_transformers_with_the_same_logits(name, request
     from transformers import AutoTokenizer, GenerationConfig
     source = request.getfixturevalue(name)
     p, tokenizer = make(source), AutoTokenizer.from_pretrained(source)
-    rows = prepared(ragged(6, 5, 25, per_group=3))
+    rows = prepared(p, ragged(6, 5, 25, per_group=3))
     p.update(cut(rows)[0], token_mean(rows), 1.0, 1e-3, 1.0)
     p.save_hf(tmp_path, tokenizer)
     again = plain_model(tmp_path)
@@ -440,7 +442,7 @@ def test_named_full_names_every_parameter_of_the_hf_model_once(policy):
 def test_state_holds_weights_and_moments_and_prepare_adam_makes_room_for_them(sharp, fresh):
     names = {n for n, _ in fresh.model.named_parameters()}
     assert set(fresh.state()) == {"model." + n for n in names} and fresh.adam_step == 0
-    rows = prepared(ragged(4, 5, 25, per_group=4))
+    rows = prepared(fresh, ragged(4, 5, 25, per_group=4))
     for _ in range(2):
         fresh.update(cut(rows)[0], token_mean(rows), 1.0, 1e-3, 1.0)
     state = fresh.state()
@@ -460,7 +462,7 @@ def test_state_holds_weights_and_moments_and_prepare_adam_makes_room_for_them(sh
 
 def test_bf16_compute_keeps_fp32_masters_and_fp32_scores(sharp, cpu):
     p, full = make(sharp, dtype="bfloat16"), make(sharp)
-    rows = prepared(ragged(6, 5, 25, per_group=3))
+    rows = prepared(p, ragged(6, 5, 25, per_group=3))
     gap = 0.0
     for a, b in zip(p.score_local(rows, 1.0), full.score_local(rows, 1.0), strict=True):
         assert a[0].dtype == a[1].dtype == np.float32
@@ -521,7 +523,7 @@ def rank_job(rank, world, device, source, out):
         found[variant] = {"grads": [g for g, _ in steps], "norms": gather([[n for _, n in steps]]), "counts": counts,
                           "old": [torch.from_numpy(x) for x in old]}  # fmt: skip
     # one rollout for all ranks: all but one have nothing to do
-    rows = prepared(ragged(1, 5, 25))
+    rows = prepared(policy, ragged(1, 5, 25))
     rows[0].advantage = 1.0
     plan = cut(rows, world=world)
     found["one"] = {"grads": gradients(policy, plan[rank], token_mean(rows))[0], "busy": gather([sum(map(len, plan[rank]))])}
@@ -530,7 +532,7 @@ def rank_job(rank, world, device, source, out):
     scored = policy.score([[r] for r in mine], 1.0)
     found["uneven"] = gather([torch.from_numpy(logp) for logp, _ in scored])
     # a gradient that is not finite on the last rank alone
-    rows = prepared(ragged(8, 5, 25, per_group=4))
+    rows = prepared(policy, ragged(8, 5, 25, per_group=4))
     loss_fn, before = token_mean(rows), weights(policy)
     plan = cut(rows, world=world)[rank]
 
@@ -581,7 +583,7 @@ def test_gradient_is_rank_invariant_on_ragged_lengths_and_uneven_groups(ranks, a
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_a_rank_with_nothing_to_do_joins_in_and_changes_nothing(ranks, fresh, world):
-    rows = prepared(ragged(1, 5, 25))
+    rows = prepared(fresh, ragged(1, 5, 25))
     rows[0].advantage = 1.0
     exact, _ = gradients(fresh, [rows], token_mean(rows))
     assert sorted(ranks[world]["one"]["busy"]) == [0] * (world - 1) + [1]
@@ -604,7 +606,7 @@ def test_nan_gradient_on_one_rank_makes_every_rank_skip_the_step_bit_for_bit(ran
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_the_step_after_a_skipped_one_is_taken_and_equals_one_process(ranks, fresh, world):
-    rows = prepared(ragged(8, 5, 25, per_group=4))
+    rows = prepared(fresh, ragged(8, 5, 25, per_group=4))
     fresh.update(cut(rows)[0], token_mean(rows), 1.0, 1e-3, 1.0)
     assert ranks[world]["after"]["taken"] == [True] * world
     for n, w in weights(fresh).items():                 # Adam's first step turns rounding into up to 2 lr where g ~ 0
