@@ -50,13 +50,10 @@ def packed_attention(module, query, key, value, mask, scaling=None, cu_seq_lens_
         cu, longest = cu_seq_lens_q, max_length_q
         out = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scaling, window_size=(-1, 0), **GQA)
         return out[None], None
-    border = cu_seq_lens_q.tolist()
-    rows = [
-        F.scaled_dot_product_attention(
-            query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], is_causal=True, scale=scaling, enable_gqa=True
-        )
-        for a, b in zip(border, border[1:], strict=False)
-    ]
+    lengths = cu_seq_lens_q.diff().tolist()
+    # split, not slices: the backward of n slices would fill n gradients of the whole row with zeros
+    parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    rows = [F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True) for q, k, v in parts]
     return torch.cat(rows, 2).transpose(1, 2), None
 
 

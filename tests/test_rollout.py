@@ -830,7 +830,7 @@ def test_reward_scope_decides_whether_an_answer_in_the_prefix_is_seen(round_of):
         return not {"7", "8", "9"}.isdisjoint(text)
 
     for scope in ("response", "continuation"):
-        few = {"prompts_per_step": 6, "max_rounds": 1, "max_response_tokens": 6}
+        few = {"prompts_per_step": 6, "max_rounds": 1, "max_prompt_tokens": 24, "max_response_tokens": 6}
         rollouts, m, task = round_of(Rule(high), reward_scope=scope, **few)
         everyone, decode = rollouts + m["dropped"], task.tokenizer.decode
         assert len(everyone) == 48
