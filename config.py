@@ -10,6 +10,7 @@ import difflib
 import os
 from dataclasses import dataclass, field, fields
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
@@ -78,7 +79,7 @@ class Config:
     activation_checkpointing: bool = False
     engine_rows: int = 256  # torch engine: sequences decoded together
     engine_kv_mib: int = 256  # vllm on CPU: KV cache
-    gpu_memory_utilization: float = 0.0  # vllm on CUDA: share of the GPU; 0 = derived (rollout.engine_share)
+    gpu_memory_utilization: float = 0.0  # vllm on CUDA: share of the GPU; 0 = derived (policy.engine_share)
     prefix_caching: bool = True  # vllm
     max_logp_gap: float = 0.0  # stop when mean |logp trainer - engine| exceeds it; 0 = 1e-3 in fp32, 3 x the first gap in bf16
     seed: int = 0
@@ -101,6 +102,11 @@ class Config:
     samples_per_step: int = 8  # groups written to samples.jsonl; 0 = all
     name: str = ""  # of the stage; filled in
 
+    @property
+    def group_size(self):
+        """G: rollouts of one prompt."""
+        return self.n1 * (1 + self.n2)
+
 
 CHOICES = {
     "template": TEMPLATES, "verifier": ("dapo", "boxed", "math_verify"), "kind": ("rl", "sft"),
@@ -112,9 +118,19 @@ CHOICES = {
 }  # fmt: skip
 POSITIVE = ("n1", "max_prompt_tokens", "max_response_tokens", "prompts_per_step", "prompts_per_round", "max_rounds",
             "prompts_per_minibatch", "critical_top_k", "micro_batch_tokens", "head_chunk", "eval_n", "lr", "temperature",
-            "engine_rows")  # fmt: skip
-# keys a resumed run may change: they say how long and how often, not what is computed
-FREE_KEYS = {"max_steps", "save_every", "keep_ckpts", "keep_hf", "eval_every", "samples_per_step", "resume", "out_dir"}
+            "engine_rows", "keep_ckpts")  # fmt: skip
+NOT_NEGATIVE = ("n2", "steps", "warmup", "weight_decay", "grad_clip", "clip_low", "clip_high", "overlong_buffer", "tis_cap",
+                "eval_prompts", "eval_every", "eval_temperature", "max_steps", "save_every", "samples_per_step", "max_logp_gap",
+                "gpu_memory_utilization")  # fmt: skip
+# keys a resumed run may change: they say how long, how often and on what machine, not what is computed
+FREE_KEYS = {"max_steps", "save_every", "keep_ckpts", "keep_hf", "eval_every", "samples_per_step", "resume", "out_dir",
+             "micro_batch_tokens", "head_chunk", "activation_checkpointing", "engine_rows", "engine_kv_mib",
+             "gpu_memory_utilization", "prefix_caching", "max_logp_gap"}  # fmt: skip
+# keys of the whole run: one model, one engine, one folder for all stages
+RUN_KEYS = ("model", "toy_dir", "stop_token_ids", "engine", "dtype", "micro_batch_tokens", "head_chunk",
+            "activation_checkpointing",
+            "engine_rows", "engine_kv_mib", "gpu_memory_utilization", "prefix_caching", "seed", "out_dir", "init_from",
+            "only_stage", "resume", "max_steps")  # fmt: skip
 
 
 def load_config(argv, usage=None):
@@ -122,7 +138,7 @@ def load_config(argv, usage=None):
     parser = argparse.ArgumentParser(prog="cure.py", description=usage, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--config", help="YAML file with the differences from the defaults")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any field of Config, or stages.NAME.key=value")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     if bad := [o for o in args.overrides if "=" not in o]:
         raise ValueError(f"{bad[0]!r} is not key=value")
     if args.config and not os.path.isfile(args.config):
@@ -132,16 +148,21 @@ def load_config(argv, usage=None):
         if not OmegaConf.is_dict(file):
             raise ValueError(f"--config: {args.config} is not a mapping of keys")
         cli = OmegaConf.from_dotlist([o + "''" if o.endswith("=") else o for o in args.overrides])  # key= means ""
-        stages, cli_stages = file.pop("stages", None) or {"train": {}}, cli.pop("stages", {})
-        file.setdefault("out_dir", "runs/" + (os.path.splitext(os.path.basename(args.config))[0] if args.config else "run"))
+        stages, cli_stages = named_entries(file.pop("stages", None) or {"train": {}}), named_entries(cli.pop("stages", {}))
         if unknown := [s for s in cli_stages if s not in stages]:
             raise ValueError(f"stages.{unknown[0]}: the config has the stages {', '.join(stages)}")
         out = []
         for name, entry in stages.items():
             parts = [file, entry or {}, cli, cli_stages.get(name, {})]
             cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), *parts, {"name": name}))
+            cfg.out_dir = cfg.out_dir or "runs/" + (os.path.splitext(os.path.basename(args.config))[0] if args.config else "run")
             check(cfg)
             out.append((name, cfg))
+        for key in RUN_KEYS:
+            if len({str(getattr(c, key)) for _, c in out}) > 1:
+                raise ValueError(f"{key}: is for the whole run, it cannot differ between stages")
+    except yaml.YAMLError as e:
+        raise ValueError(f"--config: not readable as YAML: {' '.join(str(e).split())}") from e
     except ConfigKeyError as e:
         key = str(e.full_key or e.key)
         near = difflib.get_close_matches(key, [f.name for f in fields(Config)], 1)
@@ -155,14 +176,27 @@ def load_config(argv, usage=None):
     return out
 
 
+def named_entries(stages):
+    """The mapping stage name -> overrides, names as text (YAML reads 8020 as a number)."""
+    if not OmegaConf.is_dict(stages) and not isinstance(stages, dict):
+        raise ValueError("stages: must be a mapping of stage names to overrides")
+    out = {str(k): v or {} for k, v in stages.items()}
+    if bad := [k for k, v in out.items() if not (OmegaConf.is_dict(v) or isinstance(v, dict))]:
+        raise ValueError(f"stages.{bad[0]}: must be a mapping of keys")
+    return out
+
+
 def check(cfg):
     """Refuse what cannot work before anything is loaded: ValueError, one line, the key first."""
     for key, allowed in CHOICES.items():
         if getattr(cfg, key) not in allowed:
             raise ValueError(f"{key}: must be one of {', '.join(allowed)}, got {getattr(cfg, key)!r} (stage {cfg.name})")
     for key in POSITIVE:
-        if getattr(cfg, key) <= 0:
+        if not 0 < getattr(cfg, key) < float("inf"):
             raise ValueError(f"{key}: must be positive, got {getattr(cfg, key)} (stage {cfg.name})")
+    for key in NOT_NEGATIVE:
+        if not getattr(cfg, key) >= 0:
+            raise ValueError(f"{key}: must not be negative, got {getattr(cfg, key)} (stage {cfg.name})")
     if cfg.prompts_per_step % cfg.prompts_per_minibatch:
         raise ValueError(
             f"prompts_per_step: {cfg.prompts_per_step} is no multiple of prompts_per_minibatch {cfg.prompts_per_minibatch}"
@@ -174,8 +208,10 @@ def check(cfg):
         raise ValueError("top_p: must be 1 in training, log-probs of a cut distribution bias every ratio (eval_top_p is free)")
     if not 0 < cfg.entropy_mask_rho <= 1:
         raise ValueError(f"entropy_mask_rho: must be in (0, 1], got {cfg.entropy_mask_rho}")
-    if cfg.kind == "rl" and cfg.n1 * (1 + cfg.n2) < 2 or cfg.n2 < 0:
-        raise ValueError(f"n1, n2: a group of n1 (1 + n2) = {cfg.n1 * (1 + cfg.n2)} rollouts has nothing to compare")
+    if cfg.kind == "rl" and cfg.group_size < 2:
+        raise ValueError(f"n1, n2: a group of n1 (1 + n2) = {cfg.group_size} rollouts has nothing to compare")
+    if cfg.eval_temperature == 0 and cfg.eval_n > 1:
+        raise ValueError(f"eval_n: greedy decoding (eval_temperature 0) gives one response, not {cfg.eval_n}")
     if len(cfg.betas) != 2:
         raise ValueError(f"betas: AdamW takes two numbers, got {cfg.betas}")
     if cfg.stop_at_accuracy and not (cfg.eval_data and cfg.eval_every):

@@ -47,8 +47,12 @@ def train_step(run, cfg, task, stage_step):
     with timed(m, "step"):
         rollouts, sampled = collect(cfg, run.engine, run.policy, task, stage_step)
         dropped = sampled.pop("dropped")
+        if sampled["train/kept_groups"] < cfg.prompts_per_step:
+            run.print(f"  step {step}: only {sampled['train/kept_groups']} of {cfg.prompts_per_step} groups have right and wrong "
+                      f"answers after {sampled['train/rounds']} rounds; training on those (max_rounds, on_starved)")  # fmt: skip
         m.update(sampled)
-        run.state["generated"] += m.pop("tokens/step")
+        tokens = m.pop("tokens/step")
+        run.state["generated"] += tokens
         plan = prepare(run, cfg, rollouts, m)
         guard(run, cfg, rollouts or dropped, m, step)
         if rollouts:
@@ -61,8 +65,7 @@ def train_step(run, cfg, task, stage_step):
             m["train/empty_steps"] = 1
     parts = sum(v for k, v in m.items() if k.startswith("timing_s/")) - m["timing_s/step"]
     m["timing_s/other"] = m["timing_s/step"] - parts
-    m["perf/throughput"] = sampled["response_length/mean"] * run.group_size(cfg) * m["train/sampled_groups"] / m[
-        "timing_s/step"] / run.world  # fmt: skip
+    m["perf/throughput"] = tokens / m["timing_s/step"] / run.world  # generated tokens a second and rank
     run.samples(rollouts or dropped, cfg, step)
     return m
 
@@ -115,7 +118,8 @@ def guard(run, cfg, rollouts, m, step):
     if not limit:
         fp32 = run.policy.dtype == torch.float32
         run.state["first_gap"] = run.state["first_gap"] or gap["mean_abs"]
-        limit = 1e-3 if fp32 else max(0.05, 3 * run.state["first_gap"])
+        # bf16: what this model's rounding makes of a fresh sync, times 3; above 0.3 it is no rounding, on the first step either
+        limit = 1e-3 if fp32 else min(0.3, max(0.05, 3 * run.state["first_gap"]))
     if not gap["mean_abs"] <= limit:
         raise RuntimeError(
             f"step {step}: engine and trainer disagree by {gap['mean_abs']:.2g} nats a token (k3 {gap['k3']:.2g}), limit "
@@ -134,12 +138,8 @@ def update(run, cfg, rollouts, plan, stage_step, m):
         norm, taken = run.policy.update(mine, loss_fn, cfg.temperature, lr, cfg.grad_clip)
         norms.append(norm)
         if k == 0 and run.policy.dtype == torch.float32 and not cfg.reuse_entropy_logp:
-            assert sums["gap"] == 0, f"ratio is not 1 before the first update: |logp - old_logp| is up to {sums['gap']:.3g}"
-        run.state["opt_step"] += taken
-        run.state["skipped_in_a_row"] = 0 if taken else run.state["skipped_in_a_row"] + 1
-        m["train/skipped_steps"] = m.get("train/skipped_steps", 0) + (not taken)
-        if run.state["skipped_in_a_row"] >= 3:
-            raise RuntimeError(f"step {run.state['step']}: three gradients in a row are not finite: lower lr")
+            assert sums["gap"] == 0, f"ratio was not 1 in the first minibatch: |logp - old_logp| is up to {sums['gap']:.3g}"
+        m["train/skipped_steps"] = m.get("train/skipped_steps", 0) + run.count_step(taken)
     sums.pop("gap")
     totals = {}
     for part in gather([sums]):
@@ -216,12 +216,13 @@ def sft_step(run, cfg, task, step):
     with timed(m, "step"):
         prompts = [task.prompts[i] for i in task.stream.take(cfg.prompts_per_step, exclude=set())]
         encode, eos = task.tokenizer.encode, task.tokenizer.eos_token_id
+        # a solution over max_response_tokens is cut, without an end token: the model must not learn to stop there
         rows = [
-            Rollout(p.ids, [], encode(p.solution, add_special_tokens=False)[: cfg.max_response_tokens - 1] + [eos])
+            Rollout(p.ids, [], (encode(p.solution, add_special_tokens=False) + [eos])[: cfg.max_response_tokens])
             for p in prompts
         ]
         lr = cfg.lr * min(1.0, step / cfg.warmup) if cfg.warmup else cfg.lr
-        losses = []
+        losses, norms, skipped = [], [], 0
         for part in np.array_split(np.arange(len(rows)), -(-len(rows) // cfg.prompts_per_minibatch)):
             n_tokens = sum(len(rows[i].response_ids) for i in part)
             plan = partition([packed_length(rows[i]) for i in part], run.world, cfg.micro_batch_tokens)[run.rank]
@@ -233,8 +234,10 @@ def sft_step(run, cfg, task, step):
 
             norm, taken = run.policy.update([[rows[part[i]] for i in mb] for mb in plan], loss_fn, 1.0, lr, cfg.grad_clip)
             losses.append(sum(gather(sums)))
-            run.state["opt_step"] += taken
-    return {**m, "sft/loss": float(np.mean(losses)), "actor/grad_norm": norm, "actor/lr": lr}
+            norms.append(norm)
+            skipped += run.count_step(taken)
+    return {**m, "sft/loss": float(np.mean(losses)), "actor/grad_norm": float(np.mean(norms)), "actor/lr": lr,
+            "train/skipped_steps": skipped}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------ one run's state
@@ -252,8 +255,14 @@ class Run:
             tqdm.write(text)
             sys.stdout.flush()
 
-    def group_size(self, cfg):
-        return cfg.n1 * (1 + cfg.n2)
+    def count_step(self, taken):
+        """Count an optimizer step -> 1 if it was skipped for a gradient that is not finite; the third in a row is an error."""
+        s = self.state
+        s["opt_step"] += taken
+        s["skipped_in_a_row"] = 0 if taken else s["skipped_in_a_row"] + 1
+        if s["skipped_in_a_row"] >= 3:
+            raise RuntimeError(f"step {s['step']}: three gradients in a row are not finite: lower lr")
+        return int(not taken)
 
     def refresh(self, m=None):
         """Wake the engine with the trainer's weights: wake, then a full sync. A collective."""
@@ -277,17 +286,18 @@ class Run:
         if self.rank or not rollouts:
             return
         groups = sorted({r.group for r in rollouts})[: cfg.samples_per_step or None]
+        texts = {p.id: p.text for p in self.tasks[cfg.name].prompts}
         with open(f"{self.out}/samples.jsonl", "a") as f:
             for r in rollouts:
                 if r.group <= groups[-1]:
-                    f.write(json.dumps(sample_row(r, cfg, step, self.prompt_texts)) + "\n")
+                    f.write(json.dumps(sample_row(r, cfg, step, texts[r.prompt_id])) + "\n")
 
     def save(self, cfg, stream, final):
         """Write ckpt/step_NNNNNN (hf/ for users, state/ for resuming, meta.json) under a temporary name, then rename, then
         move the `latest` pointer: whatever happens, `latest` names a complete checkpoint. A collective."""
         s = self.state
         s.update(stage_done=final, cursor=stream.cursor, adam_step=self.policy.adam_step)
-        name = f"step_{s['step']:06d}" + (f"_sft_{s['stage_step']:06d}" if cfg.kind == "sft" else "")
+        name = f"step_{s['step']:06d}" + (f"_{cfg.name}_{s['stage_step']:06d}" if cfg.kind == "sft" else "")
         tmp, path = f"{self.out}/ckpt/.tmp-{name}", f"{self.out}/ckpt/{name}"
         if self.rank == 0:
             shutil.rmtree(tmp, ignore_errors=True)
@@ -301,23 +311,29 @@ class Run:
                 json.dump(s, f, indent=1)
                 f.flush()
                 os.fsync(f.fileno())
-            shutil.rmtree(path, ignore_errors=True)
+            if os.path.exists(path):  # saved once more (resumed from an older one): aside first, so that nothing is half there
+                shutil.rmtree(f"{path}.old", ignore_errors=True)
+                os.rename(path, f"{path}.old")
             os.rename(tmp, path)
-            with open(f"{self.out}/ckpt/.latest", "w") as f:
-                f.write(name)
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(f"{self.out}/ckpt/.latest", f"{self.out}/ckpt/latest")
-            self.prune(cfg)
+            shutil.rmtree(f"{path}.old", ignore_errors=True)
+            self.point_at(name)
+            self.prune(cfg, name)
         dist.barrier()
 
-    def prune(self, cfg):
-        """Delete old checkpoints: the keep_ckpts newest and every stage end stay."""
+    def point_at(self, name):
+        """Let ckpt/latest name this checkpoint, in one atomic step."""
+        with open(f"{self.out}/ckpt/.latest", "w") as f:
+            f.write(name)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(f"{self.out}/ckpt/.latest", f"{self.out}/ckpt/latest")
+
+    def prune(self, cfg, latest):
+        """Delete old checkpoints: the keep_ckpts newest, every stage end and the one just written stay."""
         root = f"{self.out}/ckpt"
-        names = sorted((d for d in os.listdir(root) if d.startswith("step_")), key=lambda d: os.path.getmtime(f"{root}/{d}"))
-        for name in names[: -cfg.keep_ckpts or None]:
-            meta = read_json(f"{root}/{name}/meta.json")
-            if meta and not meta["stage_done"]:
+        names = sorted(d for d in os.listdir(root) if os.path.exists(f"{root}/{d}/meta.json"))  # by name is by step
+        for name in names[: -cfg.keep_ckpts]:
+            if name != latest and not read_json(f"{root}/{name}/meta.json")["stage_done"]:
                 for part in ["state", "meta.json"] + ([] if cfg.keep_hf else ["hf"]):
                     target = f"{root}/{name}/{part}"
                     shutil.rmtree(target) if os.path.isdir(target) else os.remove(target)
@@ -332,17 +348,20 @@ class Run:
         dcp.load(self.policy.state(), storage_reader=HuggingFaceStorageReader(f"{path}/state"))
         if self.rank == 0 and os.path.dirname(os.path.abspath(path)) == os.path.abspath(f"{self.out}/ckpt"):
             for name, size in self.state["files"].items():  # lines after the checkpoint will be written again
-                os.truncate(f"{self.out}/{name}", size)
+                log = f"{self.out}/{name}"
+                if os.path.exists(log) and os.path.getsize(log) > size:
+                    os.truncate(log, size)
+            self.point_at(os.path.basename(os.path.abspath(path)))  # an older one, named by resume=FOLDER, is now the newest
 
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
 
 
-def sample_row(r, cfg, step, prompt_texts):
+def sample_row(r, cfg, step, prompt):
     """One line of samples.jsonl."""
     return {
         "step": step, "stage": cfg.name, "prompt_id": r.prompt_id, "group": r.group, "parent": r.parent, "t_star": r.t_star,
-        "h_star": None if math.isnan(r.h_star) else r.h_star, "candidates": r.candidates, "prompt": prompt_texts[r.prompt_id],
+        "h_star": None if math.isnan(r.h_star) else r.h_star, "candidates": r.candidates, "prompt": prompt,
         "response": r.text, "prompt_ids": r.prompt_ids, "prefix_ids": r.prefix_ids, "response_ids": r.response_ids,
         "logp": np.round(r.old_logp, 5).tolist(), "entropy": np.round(r.entropy, 5).tolist(), "reward": r.reward,
         "correct": r.correct, "answer": r.answer, "advantage": r.advantage, "finish": r.finish,
@@ -379,19 +398,20 @@ def _setup(argv, train):
         c.model = c.toy_dir if c.model == "toy" else c.model
         c.data = f"{c.toy_dir}/train.jsonl" if c.data == "toy" else c.data
         c.eval_data = f"{c.toy_dir}/heldout.jsonl" if c.eval_data == "toy" else c.eval_data
+    if not train and not first.eval_data:
+        raise ValueError("eval_data: nothing to evaluate on")
     path = first.init_from or first.model
     run.tokenizer, gen_eos = load_tokenizer(path)
     stop_ids = set(first.stop_token_ids or [run.tokenizer.eos_token_id, *gen_eos]) - {None}
     if not stop_ids:
         raise ValueError(f"stop_token_ids: the tokenizer of {path!r} has no end token: name one")
-    run.tasks, run.heldout, run.prompt_texts, pool = {}, {}, {}, VerifierPool()
+    run.tasks, run.heldout, pool = {}, {}, VerifierPool()
     for name, cfg in stages:
         args = run.tokenizer, cfg.template, cfg.max_prompt_tokens, cfg.system_prompt
         if train:
             prompts, counts = data.load_prompts(cfg.data, *args, key="data", sft=cfg.kind == "sft")
             stream = data.PromptStream(len(prompts), seed=f"{cfg.seed}/{name}")
             run.tasks[name] = Task(name, prompts, stream, run.tokenizer, None, pool)
-            run.prompt_texts.update({p.id: p.text for p in prompts})
             run.print(f"{name}: data {cfg.data}: " + ", ".join(f"{v} {k}" for k, v in counts.items() if v))
         if cfg.eval_data:
             prompts, counts = data.load_prompts(cfg.eval_data, *args, limit=cfg.eval_prompts, key="eval_data")
@@ -472,16 +492,22 @@ def make_toy_base(run, folder):
         run.print(f"making the toy's base model in {folder} (once, about a minute)")
         tmp = f"{folder}.tmp-{os.getpid()}"
         data.make_toy(tmp)
+        # one thread: the same floats whoever asks, python or torchrun (which sets it for its ranks)
         env = {k: v for k, v in os.environ.items() if k not in LAUNCHER and not k.startswith("TORCHELASTIC")}
+        env["OMP_NUM_THREADS"] = "1"
         argv = [sys.executable, f"{HERE}/cure.py", "--config", f"{HERE}/configs/toy-base.yaml", f"model={tmp}",
                 f"data={tmp}/sft.jsonl", f"eval_data={tmp}/heldout.jsonl", f"out_dir={tmp}/sft"]  # fmt: skip
         failed = subprocess.run(argv, env=env).returncode
         if not failed:
             latest = open(f"{tmp}/sft/ckpt/latest").read()
             shutil.copytree(f"{tmp}/sft/ckpt/{latest}/hf", tmp, dirs_exist_ok=True)
-            os.rename(tmp, folder)
-    failed = torch.tensor(failed)
-    dist.all_reduce(failed.to(run.device))
+            try:
+                os.rename(tmp, folder)
+            except OSError:  # another run was faster (then it is there now), or the folder holds something else
+                failed = not os.path.exists(f"{folder}/config.json")
+        shutil.rmtree(tmp, ignore_errors=True)
+    failed = torch.tensor(int(failed), device=run.device)
+    dist.all_reduce(failed)
     if failed:
         raise ValueError(f"toy_dir: the toy's base model could not be made in {folder}")
 
@@ -500,10 +526,14 @@ def find_checkpoint(run, cfg):
             return None
         with open(pointer) as f:
             folder = f"{run.out}/ckpt/{f.read().strip()}"
-    if not os.path.exists(f"{folder}/meta.json"):
+    meta = read_json(f"{folder}/meta.json")
+    if not meta:
         raise ValueError(f"resume: {folder!r} is no checkpoint folder (no meta.json)")
+    if meta["stage"] not in (names := [n for n, _ in run.stages]):
+        raise ValueError(f"resume: {folder!r} is of stage {meta['stage']}, not of {', '.join(names)}; "
+                         "to start from its weights: init_from=…/hf and another out_dir")  # fmt: skip
     if cfg.resume == "auto":
-        saved = read_json(f"{run.out}/stages.json")
+        saved = read_json(f"{run.out}/stages.json") or {}
         for name, c in run.stages:
             old = saved.get(name, {})
             if diff := [k for k, v in vars(c).items() if k not in FREE_KEYS and k in old and old[k] != v]:
@@ -554,6 +584,9 @@ def run_stage(run, name, cfg, bar):
     """All steps of one stage, evaluations and checkpoints between them. Returns False when the run should end early."""
     task, s = run.tasks[name], run.state
     rl = cfg.kind == "rl"
+    run.engine.sleep()
+    if rl:
+        run.refresh()
     if s["stage"] == name:  # resumed inside this stage, or its first run
         epoch, position = s["cursor"]
         task.stream = data.PromptStream(len(task.prompts), f"{cfg.seed}/{name}", epoch, position)
@@ -562,9 +595,10 @@ def run_stage(run, name, cfg, bar):
         s.update(stage=name, stage_step=0, stage_done=False, skipped_in_a_row=0)
         if rl and s["step"] == 0 and cfg.eval_data:
             run_eval(run, cfg)
-    ended = False
-    while s["stage_step"] < cfg.steps and not ended:
+    ended = stopped = False
+    while s["stage_step"] < cfg.steps and not (ended or stopped):
         if rl and cfg.max_steps and s["step"] >= cfg.max_steps:
+            run.print(f"max_steps={cfg.max_steps} is reached; the same command with more goes on from here")
             return False
         s["stage_step"] += 1
         s["step"] += rl
@@ -577,14 +611,14 @@ def run_stage(run, name, cfg, bar):
             result = run_eval(run, cfg)
             ended = 0 < cfg.stop_at_accuracy <= result[f"eval/avg@{cfg.eval_n}"]
         stop = torch.tensor(float(run.stop), device=run.device)
-        dist.all_reduce(stop)  # a signal reaches one rank or all; every rank must leave at the same step
-        pause = bool(stop) or (rl and s["step"] == cfg.max_steps)
+        dist.all_reduce(stop)  # a signal reaches one rank or all, at different times: every rank must leave at the same step
+        stopped = bool(stop)
+        pause = stopped or (rl and s["step"] == cfg.max_steps)
         if last or ended or pause or cfg.save_every and s["stage_step"] % cfg.save_every == 0:
             run.save(cfg, task.stream, final=last or ended)
-        if bool(stop) and not last:
-            run.print(f"stopped by a signal after step {s['step']}; the same command goes on from here")
-            return False
-    return not run.stop
+    if stopped:
+        run.print(f"stopped by a signal after step {s['step']}, with a checkpoint; the same command goes on from here")
+    return not stopped
 
 
 def run_eval(run, cfg):
@@ -630,30 +664,30 @@ def main(argv):
     """Run all stages of a config, from where the run folder stands."""
     run = setup(argv)
     resumed = run.state["step"] > 0 or run.state["stage_step"] > 0
+
+    def finish_step(signum, _):
+        if run.stop and signum == signal.SIGINT:  # Ctrl-C twice: at once. SIGTERM may come from launcher and scheduler both
+            raise KeyboardInterrupt
+        run.stop = True
+
     for sig in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sig, lambda *_: setattr(run, "stop", True))
+        signal.signal(sig, finish_step)
     start_files(run, resumed)
     total = sum(cfg.steps for _, cfg in run.stages)
     for name, cfg in run.stages:
-        size = run.group_size(cfg)
+        size = cfg.group_size
         what = f"rows × {cfg.steps} steps of sft" if cfg.kind == "sft" else (
             f"prompts × {size} = {cfg.prompts_per_step * size} rollouts (n1 {cfg.n1}, n2 {cfg.n2}) in "
             f"{cfg.prompts_per_step // cfg.prompts_per_minibatch} minibatches of {cfg.prompts_per_minibatch} × {size} = "
             f"{cfg.prompts_per_minibatch * size} / {run.world} ranks, {cfg.steps} steps")  # fmt: skip
         run.print(f"{name}: {cfg.prompts_per_step} {what}")
     names = [n for n, _ in run.stages]
-    begin = names.index(run.state["stage"]) if run.state["stage"] in names else 0
-    if run.state["stage_done"]:
-        begin += 1
-    if begin < len(names) and run.stages[begin][1].kind == "rl":
-        run.refresh()
+    begin = names.index(run.state["stage"]) + run.state["stage_done"]
     done_before = sum(c.steps for _, c in run.stages[:begin]) + (0 if run.state["stage_done"] else run.state["stage_step"])
     with tqdm(total=total, initial=done_before, disable=None if run.rank == 0 else True, unit="step") as bar:
         for i in range(begin, len(names)):
             if not run_stage(run, *run.stages[i], bar):
                 break
-            if i + 1 < len(names) and run.stages[i][1].kind == "sft":
-                run.refresh()
         else:
             run.print("all stages are done" if begin < len(names) else f"the run in {run.out} is finished already")
     if run.rank == 0:

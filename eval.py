@@ -54,12 +54,16 @@ def evaluate(cfg, engine, policy, task, step, regions=None):
         "eval/length": np.sum([r["tokens"] for r in rows]) / (n * len(rows)),
         "eval/truncated": np.sum([r["cut"] for r in rows]) / (n * len(rows)),
     }
-    for k in [2**i for i in range(n.bit_length()) if 2**i <= n]:
+    for k in sorted({2**i for i in range(n.bit_length())} | {n}):
         out[f"eval/pass@{k}"] = np.mean([pass_at_k(n, c, k) for c in right])
     for name in rows[0]["entropy"]:
         total, count = np.sum([r["entropy"][name] for r in rows], axis=0)
         out[f"eval/entropy{name}"] = total / max(1, count)
+    out["eval/parse_fail"] = sum(gather([metrics["reward"].get("reward/parse_fail", 0)])) / (n * len(rows))
     return {**{k: float(v) for k, v in out.items()}, "timing_s/eval": metrics["timing_s/eval"]}
+
+
+NO_ANSWER = ("[INVALID]", "[TIMEOUT]", "[CRASH]")  # reward.py's marks; [0,1] is an answer and has a vote
 
 
 def _by_prompt(rollouts, entropies, n):
@@ -68,7 +72,7 @@ def _by_prompt(rollouts, entropies, n):
 
 def _row(rollouts, entropies, regions):
     """What one prompt's samples contribute: counts, and (sum, count) of the entropy of all tokens and of each region."""
-    votes = Counter(r.answer for r in rollouts if not r.answer.startswith("["))  # [INVALID], [TIMEOUT]: no answer, no vote
+    votes = Counter(r.answer for r in rollouts if r.answer not in NO_ANSWER)
     majority = votes.most_common(1)[0][0] if votes else None
     entropy = {"": (float(np.sum([h.sum() for h in entropies])), sum(len(h) for h in entropies))}
     for r, h in zip(rollouts, entropies, strict=True):

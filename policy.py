@@ -128,6 +128,16 @@ def partition(lengths, world, budget):
 
 
 # ---------------------------------------------------------------------------------------------------------------- the model
+def load_lm(path, dtype, attention):
+    """A causal LM from an HF folder or hub id, safetensors only, no remote code; ValueError names `model`."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=attention, use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError) as e:
+        raise ValueError(f"model: cannot load {path!r}: {str(e).splitlines()[0]}") from e
+
+
 class PackedLM(torch.nn.Module):
     """A causal LM whose forward ends in (logp, entropy). The head is applied *inside* the FSDP root's forward: there
     lm_head.weight is gathered, once, and stays so through all chunks and the backward."""
@@ -146,16 +156,15 @@ class PackedLM(torch.nn.Module):
 
 class Policy:
     """fp32 master weights, sharded over all ranks by FSDP2 (one group a block, the rest in the root); compute in `dtype`
-    (fp32 on CPU, bf16 on CUDA), gradients reduced in fp32. All public methods but pack-free properties are collectives:
-    every rank calls them, in the same order."""
+    (fp32 on CPU, bf16 on CUDA), gradients reduced in fp32. Whatever runs the model or gathers weights is a collective (forward,
+    score, update, named_full, save_hf): every rank calls it, in the same order."""
 
     def __init__(self, cfg, path, device):
-        try:
-            lm = AutoModelForCausalLM.from_pretrained(
-                path, dtype=torch.float32, attn_implementation="packed", use_safetensors=True, trust_remote_code=False
-            )
-        except (OSError, ValueError) as e:
-            raise ValueError(f"model: cannot load {path!r}: {str(e).splitlines()[0]}") from e
+        lm = load_lm(path, torch.float32, "packed")
+        if getattr(lm.config, "sliding_window", None) and getattr(lm.config, "use_sliding_window", True):
+            raise ValueError(f"model: {path!r} uses sliding-window attention, which the packed forward does not have")
+        if device.type == "cuda" and compute_dtype(cfg, device) == torch.float32:
+            raise ValueError("dtype: the packed attention kernel on CUDA is for bfloat16: leave dtype at auto")
         self.device, self.cfg = device, cfg
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.config, self.generation_config = lm.config, lm.generation_config
@@ -249,6 +258,7 @@ class Policy:
                 state[name] = full.cpu()
         if self.rank == 0:
             lm = self.model.lm
+            lm.config.dtype = self.dtype  # else a bf16 folder would call itself fp32, and be loaded so
             if lm.config.tie_word_embeddings:
                 state["lm_head.weight"] = state[next(n for n in state if n.endswith("embed_tokens.weight"))]
             lm.save_pretrained(folder, state_dict=state)
@@ -310,8 +320,8 @@ def engine_share(cfg, config, world, total):
         f"GPU {total / gib:.1f} GiB: trainer keeps {persistent / gib:.1f}, entropy pass {entropy_pass / gib:.1f}, engine "
         f"{share:.2f} = {share * total / gib:.1f} GiB, weights {2 * n / gib:.1f}, KV for {max(0, tokens)} tokens"
     )
-    if share > fits and fits > 0:
-        raise ValueError(f"gpu_memory_utilization: {share:.2f} is too much, set at most {int(100 * fits) / 100}. {report}")
-    if tokens < cfg.max_prompt_tokens + cfg.max_response_tokens:
+    if fits <= 0 or tokens < cfg.max_prompt_tokens + cfg.max_response_tokens:
         raise ValueError(f"model: does not fit, use more ranks, or lower micro_batch_tokens (= {T}). {report}")
+    if share > fits:
+        raise ValueError(f"gpu_memory_utilization: {share:.2f} is too much, set at most {int(100 * fits) / 100}. {report}")
     return share, report

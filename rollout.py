@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from policy import load_lm
 from reward import overlong_penalty
 
 
@@ -102,9 +103,7 @@ class TorchEngine:
     It owns an unsharded copy of the model, so that it goes stale without sync() exactly as vLLM would."""
 
     def __init__(self, cfg, path, device, dtype, stop_ids):
-        from transformers import AutoModelForCausalLM
-
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True).to(device).eval()
+        self.model = load_lm(path, dtype, "sdpa").to(device).eval()
         self.device, self.rows, self.ready = device, cfg.engine_rows, False
         self.stop = torch.tensor(sorted(stop_ids), device=device)
 
@@ -117,7 +116,7 @@ class TorchEngine:
 
     @torch.no_grad()
     def sync(self, named):
-        """Copy every parameter from (HF name, full tensor) pairs. A missing or unknown name is an AssertionError."""
+        """Copy every parameter from (HF name, full tensor) pairs. A missing one: AssertionError; an unknown one: KeyError."""
         params = dict(self.model.named_parameters())
         for name, full in named:
             params.pop(name).copy_(full)
@@ -252,18 +251,22 @@ class VLLMEngine:
         random.setstate(rng[0]), np.random.set_state(rng[1]), torch.set_rng_state(rng[2])
         torch.set_float32_matmul_precision(precision)
         torch.set_num_threads(threads)
+        self.asleep = False
         self.sleep()
 
     def sleep(self):
         """Give weights and KV cache back to the GPU (on CPU vLLM only changes its state, so the order is tested there)."""
         self.ready = False
-        self.llm.sleep(level=2)
+        if not self.asleep:
+            self.llm.sleep(level=2)
+        self.asleep = True
 
     def wake(self):
         """Allocate the weights again. They are noise until sync()."""
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self.llm.wake_up(tags=["weights"])
+        self.asleep = False
 
     def sync(self, named):
         """Load (HF name, full tensor) pairs one at a time, check that every engine parameter came, wake the KV cache."""
@@ -387,7 +390,8 @@ def sample_round(cfg, engine, policy, task, step, draw_ids, ordinal, metrics):
             stats["over_budget"] += int((free > budget).sum())
             r.candidates = pool.tolist()
             a = clause_start(r.response_ids, t, task.tokenizer) if cfg.clause == "last" else 0
-            refined.append((r, parent, t, float(h[t]), r.response_ids[a:t]))  # (CURE-3): the critical token itself is dropped
+            h_star = float(h[t]) if r.entropy is not None else float("nan")
+            refined.append((r, parent, t, h_star, r.response_ids[a:t]))  # (CURE-3): the critical token itself is dropped
         with timed(metrics, "gen_branch"):
             seeds = [request_seed(cfg.seed, task.stage, step, r.prompt_id, parent) for r, parent, *_ in refined]
             answers = engine.generate([r.prompt_ids + pre for r, _, _, _, pre in refined], cfg.n2, sampling, seeds)
@@ -406,10 +410,11 @@ def sample_round(cfg, engine, policy, task, step, draw_ids, ordinal, metrics):
 def score_rollouts(cfg, task, rollouts, metrics):
     """Fill text, reward, correct and answer. The verifier reads the response, prefix included, never the user prompt, whose
     template may itself contain "Answer: $Answer" (reward_scope: response); overlong shaping by length (DAPO eq. 13)."""
-    texts = task.tokenizer.batch_decode([r.prefix_ids + r.response_ids for r in rollouts], skip_special_tokens=True)
+    decode = task.tokenizer.decode  # not batch_decode: of an empty list, on a rank without prompts, it makes [""]
+    texts = [decode(r.prefix_ids + r.response_ids, skip_special_tokens=True) for r in rollouts]
     read = texts
     if cfg.reward_scope == "continuation":  # the reference: an answer already in the prefix is invisible
-        read = task.tokenizer.batch_decode([r.response_ids for r in rollouts], skip_special_tokens=True)
+        read = [decode(r.response_ids, skip_special_tokens=True) for r in rollouts]
     gold = {p.id: p.answer for p in task.prompts}
     verdicts, counts = task.verifiers.score_all(
         [(text, gold[r.prompt_id]) for text, r in zip(read, rollouts, strict=True)], cfg.verifier
@@ -423,6 +428,9 @@ def score_rollouts(cfg, task, rollouts, metrics):
 
 
 # --------------------------------------------------------------------------------------------------------- dynamic sampling
+SPARE = 8  # dropped groups that are kept at hand, to measure and show something in a step that keeps no group
+
+
 def collect(cfg, engine, policy, task, step):
     """Sampling rounds until prompts_per_step groups with both right and wrong answers are kept (DAPO, dynamic sampling).
 
@@ -447,9 +455,9 @@ def collect(cfg, engine, policy, task, step):
             groups.setdefault(r.group, []).append(r)
         mixed = {g: len({r.correct for r in rs}) == 2 for g, rs in groups.items()}  # std(accuracy) > 0
         # only what is trained on travels between ranks, and of the rest the numbers for the log
-        everyone = gather([(g, mixed[g], rs if mixed[g] or g < 8 else [], _brief(rs)) for g, rs in groups.items()])
+        everyone = gather([(g, mixed[g], rs if mixed[g] or g < SPARE else [], _brief(rs)) for g, rs in groups.items()])
         for g, ok, rs, brief in sorted(everyone, key=lambda x: x[0]):
-            assert len(brief) == cfg.n1 * (1 + cfg.n2), f"group {g} has {len(brief)} rollouts"
+            assert len(brief) == cfg.group_size, f"group {g} has {len(brief)} rollouts"
             (kept if ok else dropped).append(rs)
             seen += brief
     if len(kept) < cfg.prompts_per_step and cfg.on_starved == "raise":

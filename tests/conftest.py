@@ -99,41 +99,46 @@ def ragged(n, seed, vocab, per_group=1, prompt=(2, 12), prefix=(0, 6), response=
     return out
 
 
-def run_ranks(script, worlds, *args, timeout=120):
-    """Start max(worlds) processes of `script`, which call in_ranks. A rank that hangs or fails fails the test."""
-    ports = []
-    for _ in worlds:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            ports.append(s.getsockname()[1])
-    plan = ",".join(f"{w}:{p}" for w, p in zip(worlds, ports, strict=True))
-    env = {k: v for k, v in os.environ.items() if k not in LAUNCHER}
-    env |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen([sys.executable, script, plan, str(rank), *map(str, args)], env=env, stdout=subprocess.PIPE,
-                         stderr=subprocess.STDOUT, text=True)
-        for rank in range(max(worlds))
-    ]
+def start_ranks(world, *args):
+    """`world` processes of this file, see the end; what they print goes to a pipe."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen([sys.executable, __file__, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                         env=env | dict(zip(LAUNCHER, (str(rank), str(rank), str(world), "127.0.0.1", str(port)), strict=True)))
+        for rank in range(world)
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def ranks(sharp, tmp_path_factory):
+    """What 2 and 3 gloo ranks found, {world: {"policy": …, "rollout": …}}: rank_job of test_policy.py and test_rollout.py.
+    One set of processes for both files, since importing is most of their time. A rank that hangs or fails is an error here."""
+    import torch
+    out = tmp_path_factory.mktemp("ranks")
+    started = [p for world in (2, 3) for p in start_ranks(world, sharp, out)]
     try:
-        logs = [p.communicate(timeout=timeout)[0] for p in ranks]
+        logs = [p.communicate(timeout=180)[0] for p in started]
     except subprocess.TimeoutExpired:
-        pytest.fail(f"a rank still ran after {timeout} s: {[p.poll() for p in ranks]}")
+        pytest.fail(f"a rank did not end, exit codes so far: {[p.poll() for p in started]}")
     finally:
-        for p in ranks:
+        for p in started:
             p.kill()
-    assert all(p.returncode == 0 for p in ranks), "\n".join(f"rank {i}:\n{log[-3000:]}" for i, log in enumerate(logs))
+    failed = [f"exit code {p.returncode}:\n{log[-3000:]}" for p, log in zip(started, logs, strict=True) if p.returncode]
+    assert not failed, "\n".join(failed)
+    return {w: {name: torch.load(out / f"{name}{w}.pt", weights_only=True) for name in ("policy", "rollout")} | {"out": out}
+            for w in (2, 3)}  # fmt: skip
 
 
-def in_ranks(job):
-    """The other side of run_ranks: job(rank, world, device, *args) in every world that this process is a rank of."""
+if __name__ == "__main__":                              # one rank
+    import test_policy
+    import test_rollout
     import torch.distributed as dist
 
     import policy
-    plan, rank, *args = sys.argv[1:]
-    for part in plan.split(","):
-        world, port = part.split(":")
-        if int(rank) < int(world):
-            values = (rank, rank, world, "127.0.0.1", port)
-            os.environ.update(zip(LAUNCHER, values, strict=True))
-            job(*policy.init_distributed(), *args)
-            dist.destroy_process_group()
+    where = policy.init_distributed()
+    for file in (test_policy, test_rollout):
+        file.rank_job(*where, *sys.argv[1:])
+    dist.destroy_process_group()

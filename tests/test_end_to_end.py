@@ -1,5 +1,6 @@
 """Whole runs of cure.py at the smallest size: a model that knows the format of an answer and guesses its value."""
 
+import importlib.util
 import json
 import os
 import random
@@ -225,6 +226,16 @@ def test_loss_is_rank_and_micro_batch_invariant(whole, config, tmp_path):
             assert m["tokens/generated"] == w["tokens/generated"] and gap < 1e-5
 
 
+def test_ranks_without_prompts_join_in(config, tmp_path):
+    """One prompt a round and one held-out prompt on two ranks: no crash, no hang, both stages."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    argv = ["cure.py", "--config", config, f"out_dir={tmp_path}", "prompts_per_round=1", "max_rounds=3", "eval_prompts=1",
+            "prompts_per_minibatch=1", "stages.stage1.steps=2", "stages.stage2.steps=2"]  # fmt: skip
+    subprocess.run([*torchrun, *argv], cwd=ROOT, env=env, check=True, timeout=240)
+    assert [m["train/sampled_groups"] for m in train_lines(tmp_path)] == [3] * 4
+
+
 def first_line(config, out, *overrides):
     cure.main(["--config", config, f"out_dir={out}", "max_steps=1", "eval_data=", "prompts_per_minibatch=4", *overrides])
     return train_lines(out)[0]
@@ -306,6 +317,12 @@ BAD_CONFIG = {
     ("only_stage=stage7",): "only_stage: ",
     ("n1=1", "n2=0"): "n1, n2: ",
     ("oops",): "'oops' is not key=value",
+    ("stages.stage2.engine=vllm",): "engine: is for the whole run",
+    ("stages=3",): "stages: must be a mapping",
+    ("lr=nan",): "lr: must be positive",
+    ("warmup=-3",): "warmup: must not be negative",
+    ("keep_ckpts=0",): "keep_ckpts: must be positive",
+    ("eval_temperature=0",): "eval_n: greedy",
 }
 
 
@@ -314,6 +331,20 @@ def test_bad_config_is_one_line_that_names_the_key(config, overrides):
     with pytest.raises(ValueError) as e:
         load_config(["--config", config, *overrides])
     assert BAD_CONFIG[overrides] in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("text", ["lr: [1", "stages: [a, b]", "stages: {a: 3}", "- lr", "8020: {}"])
+def test_a_config_file_that_is_no_mapping_of_keys_is_one_line(tmp_path, text):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(ValueError) as e:
+        load_config(["--config", str(tmp_path / "bad.yaml")])
+    assert "\n" not in str(e.value)
+
+
+def test_every_config_of_the_project_is_valid():
+    for path in sorted((ROOT / "configs").glob("*.yaml")):
+        for name, cfg in load_config(["--config", str(path), "eval_data=some.jsonl"]):
+            assert isinstance(name, str) and cfg.name == name and cfg.out_dir == f"runs/{path.stem}"
 
 
 @pytest.mark.parametrize(
@@ -337,13 +368,21 @@ def test_bad_input_exits_2_with_one_line_and_writes_nothing(config, tmp_path, ca
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vllm is installed")
+def test_engine_vllm_without_vllm_is_one_line(config, tmp_path, capsys):
+    with pytest.raises(SystemExit) as e:
+        cure.main(["--config", config, f"out_dir={tmp_path}/run", "engine=vllm"])
+    assert e.value.code == 2 and "error: engine=vllm: vllm cannot be imported" in capsys.readouterr().err
+    torch.distributed.destroy_process_group()
+
+
 def test_precedence_is_defaults_file_stage_entry_command_line(tmp_path):
     path = tmp_path / "p.yaml"
     path.write_text("lr: 2.0e-6\nseed: 5\nstages: {a: {lr: 3.0e-6, n1: 8}, b: {}}\n")
     (_, a), (_, b) = load_config(["--config", str(path)])
     assert (a.lr, b.lr, a.n1, b.n1, a.seed, a.grad_clip) == (3e-6, 2e-6, 8, 4, 5, 1.0) and a.out_dir == "runs/p"
-    (_, a), (_, b) = load_config(["--config", str(path), "lr=4e-6", "stages.b.lr=5e-6", "out_dir="])
-    assert (a.lr, b.lr, a.out_dir) == (4e-6, 5e-6, "")
+    (_, a), (_, b) = load_config(["lr=4e-6", "--config", str(path), "stages.b.lr=5e-6", "out_dir=", "system_prompt="])
+    assert (a.lr, b.lr, a.out_dir, a.system_prompt) == (4e-6, 5e-6, "runs/p", "")
 
 
 # ------------------------------------------------------------------------------------------------------------------ the toy

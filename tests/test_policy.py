@@ -1,16 +1,12 @@
-"""policy.py: packing, micro-batches and ranks change neither numbers nor gradients; one optimizer step is what it says.
-
-Run as a script it is one rank of the multi-rank tests (conftest.run_ranks)."""
+"""policy.py: packing, micro-batches and ranks change neither numbers nor gradients; one optimizer step is what it says."""
 import itertools
 import random
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from conftest import in_ranks, ragged, run_ranks
+from conftest import ragged
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -516,7 +512,7 @@ def steps_of(policy, rank, world, variant):
 
 
 def rank_job(rank, world, device, source, out):
-    """One rank's side of all tests below; what they look at is saved by rank 0."""
+    """One rank's side of all tests below (see conftest.ranks); what they look at is saved by rank 0."""
     policy, found = make(source), {}
     for variant in VARIANTS:
         steps, counts, old = steps_of(policy, rank, world, variant)
@@ -548,8 +544,7 @@ def rank_job(rank, world, device, source, out):
     from transformers import AutoTokenizer
     policy.save_hf(f"{out}/hf{world}", AutoTokenizer.from_pretrained(source))
     if rank == 0:
-        torch.save(found, f"{out}/{world}.pt")
-    dist.barrier()
+        torch.save(found, f"{out}/policy{world}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -559,18 +554,11 @@ def alone(sharp, cpu):
     return {v: steps_of(policy, 0, 1, v) for v in VARIANTS}
 
 
-@pytest.fixture(scope="module")
-def ranks(sharp, tmp_path_factory):
-    out = tmp_path_factory.mktemp("ranks")
-    run_ranks(__file__, [3, 2], sharp, out)
-    return {w: torch.load(out / f"{w}.pt", weights_only=True) | {"hf": out / f"hf{w}"} for w in (2, 3)}
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("world", [2, 3])
 def test_gradient_is_rank_invariant_on_ragged_lengths_and_uneven_groups(ranks, alone, world, variant):
     steps, _, old = alone[variant]
-    found = ranks[world][variant]
+    found = ranks[world]["policy"][variant]
     assert len(found["grads"]) == len(steps) == 3
     gap = max(worst(g, exact) for g, (exact, _) in zip(found["grads"], steps, strict=True))
     print(f"{world} ranks against 1, {variant}: {gap:.1e}")
@@ -586,21 +574,21 @@ def test_a_rank_with_nothing_to_do_joins_in_and_changes_nothing(ranks, fresh, wo
     rows = prepared(fresh, ragged(1, 5, 25))
     rows[0].advantage = 1.0
     exact, _ = gradients(fresh, [rows], token_mean(rows))
-    assert sorted(ranks[world]["one"]["busy"]) == [0] * (world - 1) + [1]
-    assert worst(ranks[world]["one"]["grads"], exact) <= 1e-5
+    assert sorted(ranks[world]["policy"]["one"]["busy"]) == [0] * (world - 1) + [1]
+    assert worst(ranks[world]["policy"]["one"]["grads"], exact) <= 1e-5
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_may_bring_different_numbers_of_micro_batches_to_a_scoring_pass(ranks, fresh, world):
     rows = [r for rank in range(world) for r in ragged(rank, 100 + rank, 25)]
     exact = [s[0] for s in fresh.score([[r] for r in rows], 1.0)]
-    assert len(exact) == len(ranks[world]["uneven"])
-    assert all(np.abs(a.numpy() - b).max() <= 1e-5 for a, b in zip(ranks[world]["uneven"], exact, strict=True))
+    assert len(exact) == len(ranks[world]["policy"]["uneven"])
+    assert all(np.abs(a.numpy() - b).max() <= 1e-5 for a, b in zip(ranks[world]["policy"]["uneven"], exact, strict=True))
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_nan_gradient_on_one_rank_makes_every_rank_skip_the_step_bit_for_bit(ranks, world):
-    assert ranks[world]["nan"] == {"taken": [False] * world, "finite": [False] * world, "same": [True] * world,
+    assert ranks[world]["policy"]["nan"] == {"taken": [False] * world, "finite": [False] * world, "same": [True] * world,
                                    "adam": [0] * world}  # fmt: skip
 
 
@@ -608,17 +596,13 @@ def test_nan_gradient_on_one_rank_makes_every_rank_skip_the_step_bit_for_bit(ran
 def test_the_step_after_a_skipped_one_is_taken_and_equals_one_process(ranks, fresh, world):
     rows = prepared(fresh, ragged(8, 5, 25, per_group=4))
     fresh.update(cut(rows)[0], token_mean(rows), 1.0, 1e-3, 1.0)
-    assert ranks[world]["after"]["taken"] == [True] * world
+    assert ranks[world]["policy"]["after"]["taken"] == [True] * world
     for n, w in weights(fresh).items():                 # Adam's first step turns rounding into up to 2 lr where g ~ 0
-        gap = (ranks[world]["after"]["weights"][n] - w).abs()
+        gap = (ranks[world]["policy"]["after"]["weights"][n] - w).abs()
         assert gap.max() <= 2.1e-3 and (gap > 1e-5).double().mean() <= 1e-3, n
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_a_folder_saved_by_several_ranks_is_whole(ranks, world):
-    assert same(dict(plain_model(ranks[world]["hf"]).named_parameters()), ranks[world]["after"]["weights"])
-
-
-if __name__ == "__main__":
-    in_ranks(rank_job)
-    sys.exit()
+    saved = plain_model(ranks[world]["out"] / f"hf{world}")
+    assert same(dict(saved.named_parameters()), ranks[world]["policy"]["after"]["weights"])

@@ -1,17 +1,13 @@
-"""rollout.py: samples depend on their seeds alone, branches leave their parents where they should, groups are kept in order.
-
-Run as a script it is one rank of the multi-rank tests (conftest.run_ranks)."""
+"""rollout.py: samples depend on their seeds alone, branches leave their parents where they should, groups are kept in order."""
 import importlib.util
 import itertools
 import os
 import random
-import sys
 import zlib
 
 import numpy as np
 import pytest
 import torch
-from conftest import in_ranks, run_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -875,31 +871,20 @@ def collected(pair, folder):
 
 
 def rank_job(rank, world, device, folder, out):
+    """One rank's side of the test below (see conftest.ranks)."""
     found = collected(make_pair(folder), folder)
     same = gather([[found[k][x] for k in found for x in ("rollouts", "dropped", "metrics")]])
     assert all(x == same[0] for x in same), "ranks do not agree on what was collected"
     if rank == 0:
-        torch.save(found, f"{out}/{world}.pt")
-
-
-@pytest.fixture(scope="module")
-def ranks(sharp, tmp_path_factory):
-    out = tmp_path_factory.mktemp("ranks")
-    run_ranks(__file__, [3, 2], sharp, out)
-    return {w: torch.load(out / f"{w}.pt", weights_only=True) for w in (2, 3)}
+        torch.save(found, f"{out}/rollout{world}.pt")
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_what_is_collected_does_not_depend_on_the_rank_count_nor_differ_between_ranks(ranks, sharp_pair, sharp, world):
     for name, alone in collected(sharp_pair, sharp).items():
-        found = ranks[world][name]
+        found = ranks[world]["rollout"][name]
         assert len(alone["rollouts"]) > 0
         for part in ("rollouts", "dropped"):
             assert found[part] == alone[part], name
         assert max((a - b).abs().max() for a, b in zip(found["logp"], alone["logp"], strict=True)) <= 1e-5
         assert found["metrics"] == pytest.approx(alone["metrics"], rel=1e-5)
-
-
-if __name__ == "__main__":
-    in_ranks(rank_job)
-    sys.exit()
