@@ -45,10 +45,10 @@ class _ChunkedHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g_logp, g_entropy):
         hidden, weight, tokens, lse, entropy = ctx.saved_tensors
-        d_hidden = torch.zeros_like(hidden)
-        d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         if g_logp is None and g_entropy is None:
             return None, None, None, None, None
+        d_hidden = torch.zeros_like(hidden)
+        d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for a in range(0, hidden.shape[0], ctx.chunk):
             s = slice(a, a + ctx.chunk)
             z = _logits(hidden[s], weight, ctx.temperature).sub_(lse[s, None])  # log p, recomputed
@@ -119,11 +119,10 @@ def token_weights(counts, lengths, agg, n_tokens, n_sequences):
       micro:    (n / n_sequences) / sum(counts)    the CURE reference: a token mean per micro-batch, weighted by its number
                                                    of sequences; it changes with packing, hence not our default
     """
-    counts = counts.clamp(min=1)
     if agg == "token":
         per_row = torch.full_like(counts, 1 / max(1, n_tokens), dtype=torch.float32)
     elif agg == "sequence":
-        per_row = 1 / (counts.float() * n_sequences)
+        per_row = 1 / (counts.clamp(min=1).float() * n_sequences)
     elif agg == "micro":
         n = len(counts)
         per_row = torch.full_like(counts, n / n_sequences / max(1, int(counts.sum())), dtype=torch.float32)

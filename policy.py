@@ -258,10 +258,11 @@ class Policy:
                 state[name] = full.cpu()
         if self.rank == 0:
             lm = self.model.lm
-            lm.config.dtype = self.dtype  # else a bf16 folder would call itself fp32, and be loaded so
             if lm.config.tie_word_embeddings:
                 state["lm_head.weight"] = state[next(n for n in state if n.endswith("embed_tokens.weight"))]
             lm.save_pretrained(folder, state_dict=state)
+            lm.config.dtype = self.dtype  # save_pretrained notes the fp32 of the master weights, and loaders would believe it
+            lm.config.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
 
     def state(self):

@@ -201,7 +201,7 @@ def draw(logits, u, sampling):
         return token, logq.gather(-1, token[:, None])[:, 0]
     logq = (logits / sampling.temperature).log_softmax(-1)
     if sampling.top_p < 1:
-        p, index = logq.exp().sort(-1, descending=True, stable=True)
+        p, index = logq.exp().sort(dim=-1, descending=True, stable=True)
         drop = p.cumsum(-1) - p >= sampling.top_p  # the token that crosses top_p stays
         logq = logq.masked_fill(torch.zeros_like(drop).scatter(-1, index, drop), float("-inf")).log_softmax(-1)
     cdf = logq.double().exp().cumsum(-1)  # float64: in fp32 a cumsum over 150k entries loses the small ones

@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -387,6 +387,8 @@ def test_ten_equal_entropies_keep_exactly_two():
 
 
 @given(st.integers(1, 3000), st.integers(1, 100))
+@example(100, 7)                                        # 0.07 * 100 = 7.000000000000001 in floats
+@example(10, 20)
 def test_kept_count_is_the_exact_ceiling(n, percent):
     assert n_kept(n, percent / 100) == max(1, math.ceil(Fraction(percent, 100) * n))
 

@@ -1,6 +1,8 @@
 """policy.py: packing, micro-batches and ranks change neither numbers nor gradients; one optimizer step is what it says."""
 import itertools
+import json
 import random
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -472,6 +474,14 @@ def test_bf16_compute_keeps_fp32_masters_and_fp32_scores(sharp, cpu):
     assert all(g.dtype == torch.float32 for g in ours.values()) and worst(ours, exact) < 0.3
 
 
+def test_a_folder_saved_in_bf16_says_so_and_loads_as_bf16(sharp, cpu, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    p = make(sharp, dtype="bfloat16")
+    p.save_hf(tmp_path, AutoTokenizer.from_pretrained(sharp))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.dtype == torch.bfloat16 and same(dict(p.named_full()), dict(again.named_parameters()))
+
+
 def test_compute_dtype_is_fp32_on_cpu_and_bf16_on_cuda_unless_named():
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert [compute_dtype(config(), d) for d in (cpu, cuda)] == [torch.float32, torch.bfloat16]
@@ -483,6 +493,14 @@ def test_a_folder_without_a_model_is_a_value_error_naming_the_key(cpu, tmp_path)
     with pytest.raises(ValueError, match="^model: cannot load") as caught:
         make(str(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+def test_sliding_window_attention_is_refused_because_the_packed_forward_has_none(sharp, cpu, tmp_path):
+    shutil.copytree(sharp, tmp_path, dirs_exist_ok=True)
+    config_json = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config_json | {"use_sliding_window": True, "sliding_window": 8}))
+    with pytest.raises(ValueError, match="^model: .*sliding-window"):
+        make(str(tmp_path))
 
 
 # -------------------------------------------------------------------------------------------------------------- more ranks

@@ -439,7 +439,7 @@ def test_sync_with_a_missing_parameter_is_refused_by_name(sharp, cpu):
 def test_sync_with_an_unknown_parameter_is_refused_by_name(sharp, cpu):
     policy, engine = make_pair(sharp)
     engine.sleep()
-    with pytest.raises(AssertionError, match="model.extra"):
+    with pytest.raises(KeyError, match="model.extra"):
         engine.sync([*policy.named_full(), ("model.extra", torch.zeros(1))])
     with pytest.raises(AssertionError, match="not synced"):
         engine.generate([[2]], 1, Sampling(2), [0])
@@ -630,6 +630,7 @@ def test_critical_none_resamples_the_prompt(pair, sharp):
     rollouts, _ = one_round(pair, task_of(sharp, vocab=pair[0].config.vocab_size), cfg, [0, 1])
     for base, branches in families(rollouts, cfg):
         assert base.candidates == [] and all(b.t_star == 0 and b.prefix_ids == [] for b in branches)
+        assert base.entropy is None and all(np.isnan(b.h_star) for b in branches)         # there was no entropy pass
         assert all(b.response_ids != base.response_ids for b in branches)
 
 
