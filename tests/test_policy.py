@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import cure
 from config import Config
 from loss import group_advantages, policy_loss, token_weights
-from policy import Policy, bins, compute_dtype, pack, packed_length, partition
+from policy import Policy, bins, compute_dtype, engine_share, pack, packed_length, partition
 from rollout import Rollout, gather
 
 BUDGET = 4096
@@ -624,3 +624,32 @@ def test_the_step_after_a_skipped_one_is_taken_and_equals_one_process(ranks, fre
 def test_a_folder_saved_by_several_ranks_is_whole(ranks, world):
     saved = plain_model(ranks[world]["out"] / f"hf{world}")
     assert same(dict(saved.named_parameters()), ranks[world]["policy"]["after"]["weights"])
+
+
+# ----------------------------------------------------------------------------------------------------------- GPU memory, by sums
+GIB = 2**30
+
+
+def hf_config(size):
+    from transformers import Qwen2Config
+    shapes = {"7b": (152064, 3584, 18944, 28, 4, False), "1.5b": (151936, 1536, 8960, 12, 2, True)}
+    V, D, inner, heads, kv, tied = shapes[size]
+    return Qwen2Config(vocab_size=V, hidden_size=D, intermediate_size=inner, num_hidden_layers=28, num_attention_heads=heads,
+                       num_key_value_heads=kv, tie_word_embeddings=tied)
+
+
+@pytest.mark.parametrize("size, world, keeps", [("7b", 8, 10.6), ("1.5b", 1, 17.3), ("1.5b", 8, 2.2)])
+def test_engine_share_leaves_room_for_what_the_trainer_keeps(size, world, keeps):
+    cfg = config(micro_batch_tokens=16384, max_prompt_tokens=1500, max_response_tokens=2596, head_chunk=1024)
+    share, report = engine_share(cfg, hf_config(size), world, 79.6 * GIB)
+    assert f"trainer keeps {keeps}" in report                   # 12 bytes x 7.6e9 / 8 = 10.6 GiB
+    assert 0.5 < share and share * 79.6 + keeps + 3 < 79.6
+
+
+def test_a_model_that_cannot_fit_and_a_share_that_is_too_large_are_refused_by_name():
+    cfg = config(micro_batch_tokens=16384, max_prompt_tokens=1500, max_response_tokens=2596, head_chunk=1024)
+    with pytest.raises(ValueError, match="^model: does not fit"):
+        engine_share(cfg, hf_config("7b"), 1, 79.6 * GIB)
+    cfg.gpu_memory_utilization = 0.9
+    with pytest.raises(ValueError, match=r"^gpu_memory_utilization: 0.90 is too much, set at most 0.7"):
+        engine_share(cfg, hf_config("7b"), 8, 79.6 * GIB)
