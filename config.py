@@ -118,7 +118,7 @@ CHOICES = {
 }  # fmt: skip
 POSITIVE = ("n1", "max_prompt_tokens", "max_response_tokens", "prompts_per_step", "prompts_per_round", "max_rounds",
             "prompts_per_minibatch", "critical_top_k", "micro_batch_tokens", "head_chunk", "eval_n", "lr", "temperature",
-            "engine_rows", "keep_ckpts")  # fmt: skip
+            "engine_rows", "keep_ckpts", "eval_top_p")  # fmt: skip
 NOT_NEGATIVE = ("n2", "steps", "warmup", "weight_decay", "grad_clip", "clip_low", "clip_high", "overlong_buffer", "tis_cap",
                 "eval_prompts", "eval_every", "eval_temperature", "max_steps", "save_every", "samples_per_step", "max_logp_gap",
                 "gpu_memory_utilization")  # fmt: skip

@@ -133,7 +133,7 @@ def token_weights(counts, lengths, agg, n_tokens, n_sequences):
 
 # ------------------------------------------------------------------------------------------------------------ entropy mask
 def n_kept(n, rho):
-    """How many of n tokens the 80/20 mask keeps: max(1, ceil(rho n)). The round() undoes 0.2 * 10 = 2.0000000000000004."""
+    """How many of n tokens the 80/20 mask keeps: max(1, ceil(rho n)). The round() undoes 0.07 * 100 = 7.000000000000001."""
     return max(1, math.ceil(round(rho * n, 6))) if n else 0
 
 

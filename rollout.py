@@ -117,6 +117,7 @@ class TorchEngine:
     @torch.no_grad()
     def sync(self, named):
         """Copy every parameter from (HF name, full tensor) pairs. A missing one: AssertionError; an unknown one: KeyError."""
+        self.ready = False
         params = dict(self.model.named_parameters())
         for name, full in named:
             params.pop(name).copy_(full)
@@ -349,7 +350,8 @@ def clause_start(ids, t_star, tokenizer):
     code, and our default, takes all of ids[:t*]."""
     pieces = [tokenizer.decode([i]) for i in ids[: t_star + 1]]
     for i in range(t_star - 2, -1, -1):
-        ends = pieces[i].rstrip(" ").endswith((".", "!", "?")) and pieces[i + 1][:1].isspace()
+        text = pieces[i].rstrip(" ")
+        ends = text.endswith((".", "!", "?")) and (text != pieces[i] or pieces[i + 1][:1].isspace())
         if ends or "\n" in pieces[i]:
             return i + 1
     return 0
