@@ -1,7 +1,7 @@
 """How fast are rollouts? One model, the same prompts and seeds, engines side by side in one run:
 
     python bench.py model=DIR data=FILE.jsonl                                    # a HF folder, prompts from any data source
-    python bench.py model=DIR data=FILE.jsonl n1=4 n2=3 prompts_per_step=8 max_response_tokens=128 template=chat
+    python bench.py model=DIR data=FILE.jsonl n1=4 n2=3 prompts_per_step=8 prompts_per_minibatch=8 max_response_tokens=128
 
 Round 1 samples n1 responses a prompt; round 2 branches n2 times off each at its middle, as CURE does, with vLLM's prefix cache
 (warm from round 1), with it cleared, and on the torch engine. Median of 5 repetitions; tokens/s of generated tokens.
@@ -14,6 +14,7 @@ import time
 
 import torch
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 import cure
 import data
@@ -45,7 +46,7 @@ def main(argv):
         engine.sync(load_file(f"{cfg.model}/model.safetensors").items())
 
     speeds = {}
-    for repeat in range(REPEATS):
+    for repeat in tqdm(range(REPEATS), unit="repeat", disable=None):
         for name, engine in engines.items():
             seeds = [request_seed("bench", repeat, i) for i in range(len(prompts))]
             base = timed_tokens(speeds, f"{name} round 1", engine, prompts, cfg.n1, sampling, seeds)

@@ -232,11 +232,10 @@ class VLLMEngine:
 
             ops._supports_onednn = False
         self.params_class, self.stop, self.ready = SamplingParams, sorted(stop_ids), False
-        where = (
-            {"gpu_memory_utilization": utilization, "hf_overrides": {"head_dtype": "float32"}}
-            if cuda
-            else {"kv_cache_memory_bytes": cfg.engine_kv_mib << 20, "enforce_eager": True, "max_num_seqs": 64}
-        )
+        where = {"gpu_memory_utilization": utilization, "hf_overrides": {"head_dtype": "float32"}}
+        if not cuda:  # a prompt prefilled in pieces would rewind its request's generator, which a CPU generator cannot do
+            where = {"kv_cache_memory_bytes": cfg.engine_kv_mib << 20, "enforce_eager": True, "max_num_seqs": 64,
+                     "enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, max_model_len)}  # fmt: skip
         threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
         rng = random.getstate(), np.random.get_state(), torch.get_rng_state()
         try:
