@@ -1,7 +1,7 @@
 """Held-out accuracy: avg@k, pass@k, maj@k, entropy, length. `evaluate` is what cure.py calls; as a script it evaluates any
 model folder or hub id with the same code:
 
-    python eval.py --config configs/toy.yaml model=runs/toy/ckpt/step_000100/hf eval_n=32
+    python eval.py --config configs/toy.yaml model=runs/toy/ckpt/step_000080/hf eval_n=32
     torchrun --nproc_per_node 2 eval.py model=DIR eval_data=FILE.jsonl template=chat verifier=boxed max_response_tokens=512
 """
 
