@@ -122,10 +122,8 @@ POSITIVE = ("n1", "max_prompt_tokens", "max_response_tokens", "prompts_per_step"
 NOT_NEGATIVE = ("n2", "steps", "warmup", "weight_decay", "grad_clip", "clip_low", "clip_high", "overlong_buffer", "tis_cap",
                 "eval_prompts", "eval_every", "eval_temperature", "max_steps", "save_every", "samples_per_step", "max_logp_gap",
                 "gpu_memory_utilization")  # fmt: skip
-# keys a resumed run may change: they say how long, how often and on what machine, not what is computed
-FREE_KEYS = {"max_steps", "save_every", "keep_ckpts", "keep_hf", "eval_every", "samples_per_step", "resume", "out_dir",
-             "micro_batch_tokens", "head_chunk", "activation_checkpointing", "engine_rows", "engine_kv_mib",
-             "gpu_memory_utilization", "prefix_caching", "max_logp_gap"}  # fmt: skip
+# keys a resumed run may change: they say how long, how often and where, not what is computed
+FREE_KEYS = {"max_steps", "save_every", "keep_ckpts", "keep_hf", "eval_every", "samples_per_step", "resume", "out_dir"}
 # keys of the whole run: one model, one engine, one folder for all stages
 RUN_KEYS = ("model", "toy_dir", "stop_token_ids", "engine", "dtype", "micro_batch_tokens", "head_chunk",
             "activation_checkpointing",

@@ -9,6 +9,7 @@ all right nor all wrong, and take PPO-clip steps on them. Stage 2, and plain DAP
 Symbols: P prompts · n1, n2, G = n1 (1 + n2) rollouts a prompt · N = P G · T tokens.
 """
 
+import fcntl
 import json
 import math
 import os
@@ -20,15 +21,15 @@ import sys
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from omegaconf import OmegaConf
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from tqdm import tqdm
 
 import analyze
+import checkpoint
 import data
 import rollout
-from config import FREE_KEYS, load_config
+from checkpoint import LOGS, everywhere
+from config import load_config
 from eval import evaluate
 from loss import entropy_mask, group_advantages, mismatch, n_kept, policy_loss, token_weights, truncated_importance
 from policy import Policy, compute_dtype, engine_share, init_distributed, packed_length, partition
@@ -248,7 +249,7 @@ class Run:
         self.stages, self.rank, self.world, self.device = stages, rank, world, device
         self.state = {"stage": stages[0][0], "stage_step": 0, "stage_done": False, "step": 0, "opt_step": 0, "adam_step": 0,
                       "generated": 0, "first_gap": 0.0, "skipped_in_a_row": 0, "cursor": [0, 0], "files": {}}  # fmt: skip
-        self.out, self.stop = stages[0][1].out_dir, False
+        self.out, self.stop, self.engine = stages[0][1].out_dir, False, None
 
     def print(self, text):
         if self.rank == 0:
@@ -272,89 +273,36 @@ class Run:
         with timed(m, "sync"):
             self.engine.sync(self.policy.named_full())
 
+    @property
+    def finished(self):
+        """Whether the last stage is done."""
+        return self.state["stage"] == self.stages[-1][0] and self.state["stage_done"]
+
+    def append(self, name, rows):
+        """Append rows to a log of the run folder. A collective: a full disk under rank 0 ends all ranks, with one message."""
+
+        def write():
+            try:
+                with open(f"{self.out}/{name}", "a") as f:
+                    f.writelines(json.dumps(row) + "\n" for row in rows)
+            except OSError as e:
+                raise OSError(f"{self.out}/{name} cannot be written: {e.strerror}") from e
+
+        everywhere(write if self.rank == 0 else None)
+
     def log(self, line):
         """Append one line to metrics.jsonl."""
-        if self.rank == 0:
-            s = self.state
-            head = {"step": s["step"], "stage": s["stage"], "opt_step": s["opt_step"], "tokens/generated": s["generated"]}
-            line = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in {**head, **line}.items()}
-            with open(f"{self.out}/metrics.jsonl", "a") as f:
-                f.write(json.dumps(line) + "\n")
+        s = self.state
+        head = {"step": s["step"], "stage": s["stage"], "opt_step": s["opt_step"], "tokens/generated": s["generated"]}
+        line = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in {**head, **line}.items()}
+        self.append("metrics.jsonl", [line])
 
     def samples(self, rollouts, cfg, step):
         """Append the first samples_per_step groups to samples.jsonl."""
-        if self.rank or not rollouts:
-            return
-        groups = sorted({r.group for r in rollouts})[: cfg.samples_per_step or None]
+        groups = set(sorted({r.group for r in rollouts})[: cfg.samples_per_step or None])
         texts = {p.id: p.text for p in self.tasks[cfg.name].prompts}
-        with open(f"{self.out}/samples.jsonl", "a") as f:
-            for r in rollouts:
-                if r.group <= groups[-1]:
-                    f.write(json.dumps(sample_row(r, cfg, step, texts[r.prompt_id])) + "\n")
-
-    def save(self, cfg, stream, final):
-        """Write ckpt/step_NNNNNN (hf/ for users, state/ for resuming, meta.json) under a temporary name, then rename, then
-        move the `latest` pointer: whatever happens, `latest` names a complete checkpoint. A collective."""
-        s = self.state
-        s.update(stage_done=final, cursor=stream.cursor, adam_step=self.policy.adam_step)
-        name = f"step_{s['step']:06d}" + (f"_{cfg.name}_{s['stage_step']:06d}" if cfg.kind == "sft" else "")
-        tmp, path = f"{self.out}/ckpt/.tmp-{name}", f"{self.out}/ckpt/{name}"
-        if self.rank == 0:
-            shutil.rmtree(tmp, ignore_errors=True)
-            os.makedirs(tmp)
-        dist.barrier()
-        dcp.save(self.policy.state(), storage_writer=HuggingFaceStorageWriter(f"{tmp}/state", save_distributed=True))
-        self.policy.save_hf(f"{tmp}/hf", self.tokenizer)
-        if self.rank == 0:
-            s["files"] = {f: os.path.getsize(f"{self.out}/{f}") for f in LOGS if os.path.exists(f"{self.out}/{f}")}
-            with open(f"{tmp}/meta.json", "w") as f:
-                json.dump(s, f, indent=1)
-                f.flush()
-                os.fsync(f.fileno())
-            if os.path.exists(path):  # saved once more (resumed from an older one): aside first, so that nothing is half there
-                shutil.rmtree(f"{path}.old", ignore_errors=True)
-                os.rename(path, f"{path}.old")
-            os.rename(tmp, path)
-            shutil.rmtree(f"{path}.old", ignore_errors=True)
-            self.point_at(name)
-            self.prune(cfg, name)
-        dist.barrier()
-
-    def point_at(self, name):
-        """Let ckpt/latest name this checkpoint, in one atomic step."""
-        with open(f"{self.out}/ckpt/.latest", "w") as f:
-            f.write(name)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(f"{self.out}/ckpt/.latest", f"{self.out}/ckpt/latest")
-
-    def prune(self, cfg, latest):
-        """Delete old checkpoints: the keep_ckpts newest, every stage end and the one just written stay."""
-        root = f"{self.out}/ckpt"
-        names = sorted(d for d in os.listdir(root) if os.path.exists(f"{root}/{d}/meta.json"))  # by name is by step
-        for name in names[: -cfg.keep_ckpts]:
-            if name != latest and not read_json(f"{root}/{name}/meta.json")["stage_done"]:
-                for part in ["state", "meta.json"] + ([] if cfg.keep_hf else ["hf"]):
-                    target = f"{root}/{name}/{part}"
-                    shutil.rmtree(target) if os.path.isdir(target) else os.remove(target)
-                if not cfg.keep_hf:
-                    os.rmdir(f"{root}/{name}")
-
-    def load(self, path):
-        """Restore state, weights and Adam moments from a checkpoint folder, at any rank count."""
-        self.state = read_json(f"{path}/meta.json")
-        if not self.state["stage_done"]:
-            self.policy.prepare_adam(self.state["adam_step"])
-        dcp.load(self.policy.state(), storage_reader=HuggingFaceStorageReader(f"{path}/state"))
-        if self.rank == 0 and os.path.dirname(os.path.abspath(path)) == os.path.abspath(f"{self.out}/ckpt"):
-            for name, size in self.state["files"].items():  # lines after the checkpoint will be written again
-                log = f"{self.out}/{name}"
-                if os.path.exists(log) and os.path.getsize(log) > size:
-                    os.truncate(log, size)
-            self.point_at(os.path.basename(os.path.abspath(path)))  # an older one, named by resume=FOLDER, is now the newest
-
-
-LOGS = ("metrics.jsonl", "samples.jsonl")
+        shown = [r for r in rollouts if r.group in groups]
+        self.append("samples.jsonl", (sample_row(r, cfg, step, texts[r.prompt_id]) for r in shown))
 
 
 def sample_row(r, cfg, step, prompt):
@@ -366,14 +314,6 @@ def sample_row(r, cfg, step, prompt):
         "logp": np.round(r.old_logp, 5).tolist(), "entropy": np.round(r.entropy, 5).tolist(), "reward": r.reward,
         "correct": r.correct, "answer": r.answer, "advantage": r.advantage, "finish": r.finish,
     }  # fmt: skip
-
-
-def read_json(path):
-    """The object in a JSON file, or None where there is no such file."""
-    if not os.path.exists(path):
-        return None
-    with open(path) as f:
-        return json.load(f)
 
 
 # -------------------------------------------------------------------------------------------------------------- the whole run
@@ -400,6 +340,11 @@ def _setup(argv, train):
         c.eval_data = f"{c.toy_dir}/heldout.jsonl" if c.eval_data == "toy" else c.eval_data
     if not train and not first.eval_data:
         raise ValueError("eval_data: nothing to evaluate on")
+    resume = checkpoint.find(run, first) if train else None
+    if resume:
+        run.state = checkpoint.read_json(f"{resume}/meta.json")
+        if run.finished:
+            return run
     path = first.init_from or first.model
     run.tokenizer, gen_eos = load_tokenizer(path)
     stop_ids = set(first.stop_token_ids or [run.tokenizer.eos_token_id, *gen_eos]) - {None}
@@ -417,8 +362,10 @@ def _setup(argv, train):
             prompts, counts = data.load_prompts(cfg.eval_data, *args, limit=cfg.eval_prompts, key="eval_data")
             run.heldout[name] = Task("eval", prompts, None, run.tokenizer, None, pool)
         self_test(cfg.verifier, pool)
+        if train and cfg.kind == "rl" and cfg.verifier == "math_verify":
+            run.print(f"WARNING: verifier=math_verify in training (stage {name}): restatements earn reward, "
+                      "2^{10} for 1024 or the question's own sum for its value; dapo and boxed compare text")  # fmt: skip
     run.regions = data.toy_regions if first.eval_data.startswith(first.toy_dir) else None
-    resume = find_checkpoint(run, first) if train else None
     context = getattr(load_hf_config(path), "max_position_embeddings", None) or math.inf
     for name, cfg in stages:
         if cfg.max_prompt_tokens + cfg.max_response_tokens > context:
@@ -434,8 +381,10 @@ def _setup(argv, train):
     size, engine = run.policy.n_params / 1e6, type(run.engine).__name__
     run.print(f"model: {path}, {size:.2f} M parameters, {run.policy.dtype}, engine {engine}")
     if resume:
-        run.load(resume)
+        checkpoint.load(run, resume)
         run.print(f"resumed from step {run.state['step']} ({run.state['stage']} {run.state['stage_step']}, {resume})")
+    if train:
+        everywhere((lambda: start_files(run, bool(resume))) if run.rank == 0 else None, ValueError)
     return run
 
 
@@ -515,45 +464,20 @@ def make_toy_base(run, folder):
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "ROLE_RANK")
 
 
-def find_checkpoint(run, cfg):
-    """The checkpoint to resume from, or None. A run resumes itself; a changed config is refused by name."""
-    if cfg.resume == "never":
-        return None
-    folder = cfg.resume
-    if cfg.resume == "auto":
-        pointer = f"{run.out}/ckpt/latest"
-        if not os.path.exists(pointer):
-            return None
-        with open(pointer) as f:
-            folder = f"{run.out}/ckpt/{f.read().strip()}"
-    meta = read_json(f"{folder}/meta.json")
-    if not meta:
-        raise ValueError(f"resume: {folder!r} is no checkpoint folder (no meta.json)")
-    if meta["stage"] not in (names := [n for n, _ in run.stages]):
-        raise ValueError(f"resume: {folder!r} is of stage {meta['stage']}, not of {', '.join(names)}; "
-                         "to start from its weights: init_from=…/hf and another out_dir")  # fmt: skip
-    if cfg.resume == "auto":
-        saved = read_json(f"{run.out}/stages.json") or {}
-        for name, c in run.stages:
-            old = saved.get(name, {})
-            if diff := [k for k, v in vars(c).items() if k not in FREE_KEYS and k in old and old[k] != v]:
-                k = diff[0]
-                raise ValueError(
-                    f"{', '.join(diff)}: the run in {run.out} was made with {k}={old[k]!r}, now it is {getattr(c, k)!r} "
-                    f"(stage {name}); choose another out_dir, or resume=never to start over"
-                )
-    return folder
-
-
 def start_files(run, resumed):
-    """Run folder: resolved config, versions, empty logs unless resumed."""
-    if run.rank:
-        return
-    os.makedirs(f"{run.out}/ckpt", exist_ok=True)
-    for d in os.listdir(f"{run.out}/ckpt"):  # a half-written checkpoint of a killed run, or an old run started over
-        if d.startswith(".tmp-") or not resumed:
-            target = f"{run.out}/ckpt/{d}"
-            shutil.rmtree(target) if os.path.isdir(target) else os.remove(target)
+    """Run folder: the lock, leftovers removed, resolved config, versions, empty logs unless resumed. On rank 0."""
+    try:
+        os.makedirs(f"{run.out}/ckpt", exist_ok=True)
+        run.lock = open(f"{run.out}/.lock", "w")  # held while it is open, gone with the process however that ends
+        fcntl.lockf(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as e:
+        busy = "another run is writing there" if hasattr(run, "lock") else f"cannot be written ({e.strerror})"
+        raise ValueError(f"out_dir: {run.out}: {busy}") from e
+    except OSError as e:
+        if not hasattr(run, "lock"):
+            raise ValueError(f"out_dir: {run.out}: {e.strerror}") from e
+        run.print(f"out_dir: this file system has no locks ({e.strerror}): do not start the same run twice")
+    checkpoint.tidy(f"{run.out}/ckpt", resumed)
     for log in () if resumed else LOGS:
         open(f"{run.out}/{log}", "w").close()
     base = vars(run.stages[0][1])
@@ -615,7 +539,7 @@ def run_stage(run, name, cfg, bar):
         stopped = bool(stop)
         pause = stopped or (rl and s["step"] == cfg.max_steps)
         if last or ended or pause or cfg.save_every and s["stage_step"] % cfg.save_every == 0:
-            run.save(cfg, task.stream, final=last or ended)
+            checkpoint.save(run, cfg, task.stream, final=last or ended)
     if stopped:
         run.print(f"stopped by a signal after step {s['step']}, with a checkpoint; the same command goes on from here")
     return not stopped
@@ -663,7 +587,22 @@ def describe(run, cfg, m):
 def main(argv):
     """Run all stages of a config, from where the run folder stands."""
     run = setup(argv)
-    resumed = run.state["step"] > 0 or run.state["stage_step"] > 0
+    if run.finished:
+        run.print(f"the run in {run.out} is finished already")
+    elif train(run):
+        run.print("all stages are done")
+    if run.rank == 0:
+        run.print(analyze.summary_table(run.out))
+        if run.state["step"]:
+            run.print("pictures: " + ", ".join(map(str, analyze.curves(run.out))))
+    dist.barrier()
+    if not isinstance(run.engine, rollout.VLLMEngine):  # with vLLM in the process its own finalizer tears the group down
+        dist.destroy_process_group()
+    return 0
+
+
+def train(run):
+    """The stages that are left. A signal ends them after the step at hand -> whether all were done."""
 
     def finish_step(signum, _):
         if run.stop and signum == signal.SIGINT:  # Ctrl-C twice: at once. SIGTERM may come from launcher and scheduler both
@@ -672,8 +611,6 @@ def main(argv):
 
     for sig in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sig, finish_step)
-    start_files(run, resumed)
-    total = sum(cfg.steps for _, cfg in run.stages)
     for name, cfg in run.stages:
         size = cfg.group_size
         what = f"rows × {cfg.steps} steps of sft" if cfg.kind == "sft" else (
@@ -681,23 +618,11 @@ def main(argv):
             f"{cfg.prompts_per_step // cfg.prompts_per_minibatch} minibatches of {cfg.prompts_per_minibatch} × {size} = "
             f"{cfg.prompts_per_minibatch * size} / {run.world} ranks, {cfg.steps} steps")  # fmt: skip
         run.print(f"{name}: {cfg.prompts_per_step} {what}")
-    names = [n for n, _ in run.stages]
-    begin = names.index(run.state["stage"]) + run.state["stage_done"]
-    done_before = sum(c.steps for _, c in run.stages[:begin]) + (0 if run.state["stage_done"] else run.state["stage_step"])
-    with tqdm(total=total, initial=done_before, disable=None if run.rank == 0 else True, unit="step") as bar:
-        for i in range(begin, len(names)):
-            if not run_stage(run, *run.stages[i], bar):
-                break
-        else:
-            run.print("all stages are done" if begin < len(names) else f"the run in {run.out} is finished already")
-    if run.rank == 0:
-        run.print(analyze.summary_table(run.out))
-        if run.state["step"]:
-            run.print("pictures: " + ", ".join(map(str, analyze.curves(run.out))))
-    dist.barrier()
-    if isinstance(run.engine, rollout.TorchEngine):  # with vLLM in the process its own finalizer tears the group down
-        dist.destroy_process_group()
-    return 0
+    begin = [n for n, _ in run.stages].index(run.state["stage"]) + run.state["stage_done"]
+    done = sum(c.steps for _, c in run.stages[:begin]) + (0 if run.state["stage_done"] else run.state["stage_step"])
+    total = sum(cfg.steps for _, cfg in run.stages)
+    with tqdm(total=total, initial=done, disable=None if run.rank == 0 else True, unit="step") as bar:
+        return all(run_stage(run, *stage, bar) for stage in run.stages[begin:])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What several test files share: one thread, a process group of one, tiny random models, and a launcher of gloo ranks.
 
 The models learnt nothing, but their weights are large, so that entropies differ and log-probs are worth comparing."""
+import json
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")           # before torch is imported: two cores are no place for its threads
@@ -99,11 +100,15 @@ def ragged(n, seed, vocab, per_group=1, prompt=(2, 12), prefix=(0, 6), response=
     return out
 
 
-def start_ranks(world, *args):
-    """`world` processes of this file, see the end; what they print goes to a pipe."""
+def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+        return s.getsockname()[1]
+
+
+def start_ranks(world, *args):
+    """`world` processes of this file, see the end; what they print goes to a pipe."""
+    port = free_port()
     env = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return [
         subprocess.Popen([sys.executable, __file__, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -130,6 +135,76 @@ def ranks(sharp, tmp_path_factory):
     assert not failed, "\n".join(failed)
     return {w: {name: torch.load(out / f"{name}{w}.pt", weights_only=True) for name in ("policy", "rollout")} | {"out": out}
             for w in (2, 3)}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------- whole runs, the smallest
+TINY = [
+    "template=raw", "verifier=boxed", "min_token_chars=1", "critical_top_k=4", "max_prompt_tokens=24", "max_response_tokens=24",
+    "micro_batch_tokens=128", "overlong_buffer=0", "prompts_per_step=4", "prompts_per_round=4", "prompts_per_minibatch=2",
+    "lr=1e-3", "warmup=2", "weight_decay=0", "engine=torch", "save_every=0",
+]  # fmt: skip
+
+
+def lines(path):
+    return [json.loads(line) for line in open(path)]
+
+
+def train_lines(out):
+    return [m for m in lines(f"{out}/metrics.jsonl") if "actor/entropy" in m]
+
+
+def numbers(out):
+    """The metrics that must repeat bit for bit: everything but seconds and what is computed from them."""
+    return [{k: v for k, v in m.items() if not k.startswith(("timing_s", "perf"))} for m in lines(f"{out}/metrics.jsonl")]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """(model folder, data file): sums of two digits, answered in the right form with one of three values: right a third of
+    the time. Trained by the sft stage itself, in seconds."""
+    import cure
+    import data
+    folder = tmp_path_factory.mktemp("tiny")
+    data.make_toy(f"{folder}/init", n_train=4, n_heldout=4, n_sft=4)
+    rng = random.Random(0)
+    rows, sft = [], []
+    for a in range(1, 10):
+        for b in range(1, 10):
+            rows.append({"prompt": f"{a}+{b}?", "answer": str(a + b)})
+            for _ in range(8):
+                c = a + b + rng.choice([-1, 0, 1])
+                sft.append({"prompt": f"{a}+{b}?", "answer": str(a + b), "solution": f" {a}+{b}={c};\\boxed{{{c}}}"})
+    for name, content in (("rl", rows), ("sft", sft)):
+        with open(f"{folder}/{name}.jsonl", "w") as f:
+            f.writelines(json.dumps(r) + "\n" for r in content)
+    argv = [f"model={folder}/init", f"data={folder}/sft.jsonl", f"out_dir={folder}/sft", *TINY, "kind=sft", "steps=150",
+            "prompts_per_step=32", "prompts_per_minibatch=32", "lr=3e-3", "micro_batch_tokens=2048"]  # fmt: skip
+    cure.main(argv)
+    losses = [m["sft/loss"] for m in lines(f"{folder}/sft/metrics.jsonl")]
+    assert len(losses) == 150 and losses[-1] < 0.6 < losses[0], "the sft stage must have learnt the form"
+    latest = open(f"{folder}/sft/ckpt/latest").read()
+    return f"{folder}/sft/ckpt/{latest}/hf", f"{folder}/rl.jsonl"
+
+
+@pytest.fixture(scope="session")
+def config(tiny, tmp_path_factory):
+    """A config file with both stages over the tiny model."""
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    keys = "\n".join(f"{k}: {v}" for k, v in (kv.split("=") for kv in TINY))
+    path.write_text(
+        f"model: {tiny[0]}\ndata: {tiny[1]}\neval_data: {tiny[1]}\neval_prompts: 6\neval_n: 4\n{keys}\n"
+        "stages:\n  stage1: {steps: 3, n1: 2, n2: 3}\n  stage2: {steps: 3, n1: 8, n2: 0}\n"
+    )
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def whole(config, tmp_path_factory):
+    """The folder of one uninterrupted run of both stages."""
+    import cure
+    out = tmp_path_factory.mktemp("whole")  # session fixtures are set up before no_pictures: this run draws
+    cure.main(["--config", config, f"out_dir={out}", "samples_per_step=0"])
+    return out
 
 
 if __name__ == "__main__":                              # one rank

@@ -7,89 +7,22 @@ import random
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, lines, numbers, train_lines
 from safetensors.torch import load_file
 
 import cure
-import data
 import rollout
 from config import load_config
-
-ROOT = Path(__file__).resolve().parent.parent
-TINY = [
-    "template=raw", "verifier=boxed", "min_token_chars=1", "critical_top_k=4", "max_prompt_tokens=24", "max_response_tokens=24",
-    "micro_batch_tokens=128", "overlong_buffer=0", "prompts_per_step=4", "prompts_per_round=4", "prompts_per_minibatch=2",
-    "lr=1e-3", "warmup=2", "weight_decay=0", "engine=torch", "save_every=0",
-]  # fmt: skip
-
-
-def lines(path):
-    return [json.loads(line) for line in open(path)]
-
-
-def train_lines(out):
-    return [m for m in lines(f"{out}/metrics.jsonl") if "actor/entropy" in m]
-
-
-def numbers(out):
-    """The metrics that must repeat bit for bit: everything but seconds and what is computed from them."""
-    return [{k: v for k, v in m.items() if not k.startswith(("timing_s", "perf"))} for m in lines(f"{out}/metrics.jsonl")]
 
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     """Drawing takes longer than these runs: only `whole` (session scoped, made before) draws for real."""
     monkeypatch.setattr(cure.analyze, "curves", lambda out: [])
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    """(model folder, data file): sums of two digits, answered in the right form with one of three values: right a third of
-    the time. Trained by the sft stage itself, in seconds."""
-    folder = tmp_path_factory.mktemp("tiny")
-    data.make_toy(f"{folder}/init", n_train=4, n_heldout=4, n_sft=4)
-    rng = random.Random(0)
-    rows, sft = [], []
-    for a in range(1, 10):
-        for b in range(1, 10):
-            rows.append({"prompt": f"{a}+{b}?", "answer": str(a + b)})
-            for _ in range(8):
-                c = a + b + rng.choice([-1, 0, 1])
-                sft.append({"prompt": f"{a}+{b}?", "answer": str(a + b), "solution": f" {a}+{b}={c};\\boxed{{{c}}}"})
-    for name, content in (("rl", rows), ("sft", sft)):
-        with open(f"{folder}/{name}.jsonl", "w") as f:
-            f.writelines(json.dumps(r) + "\n" for r in content)
-    argv = [f"model={folder}/init", f"data={folder}/sft.jsonl", f"out_dir={folder}/sft", *TINY, "kind=sft", "steps=150",
-            "prompts_per_step=32", "prompts_per_minibatch=32", "lr=3e-3", "micro_batch_tokens=2048"]  # fmt: skip
-    cure.main(argv)
-    losses = [m["sft/loss"] for m in lines(f"{folder}/sft/metrics.jsonl")]
-    assert len(losses) == 150 and losses[-1] < 0.6 < losses[0], "the sft stage must have learnt the form"
-    latest = open(f"{folder}/sft/ckpt/latest").read()
-    return f"{folder}/sft/ckpt/{latest}/hf", f"{folder}/rl.jsonl"
-
-
-@pytest.fixture(scope="session")
-def config(tiny, tmp_path_factory):
-    """A config file with both stages over the tiny model."""
-    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
-    keys = "\n".join(f"{k}: {v}" for k, v in (kv.split("=") for kv in TINY))
-    path.write_text(
-        f"model: {tiny[0]}\ndata: {tiny[1]}\neval_data: {tiny[1]}\neval_prompts: 6\neval_n: 4\n{keys}\n"
-        "stages:\n  stage1: {steps: 3, n1: 2, n2: 3}\n  stage2: {steps: 3, n1: 8, n2: 0}\n"
-    )
-    return str(path)
-
-
-@pytest.fixture(scope="session")
-def whole(config, tmp_path_factory):
-    """The folder of one uninterrupted run of both stages."""
-    out = tmp_path_factory.mktemp("whole")  # session fixtures are set up before no_pictures: this run draws
-    cure.main(["--config", config, f"out_dir={out}", "samples_per_step=0"])
-    return out
 
 
 # ------------------------------------------------------------------------------------------------------------- a whole run

@@ -1,0 +1,275 @@
+"""Checkpoints: written whole or not at all, checked when they are read.
+
+    ckpt/step_000040/hf/           an ordinary Hugging Face folder, for users
+                     state/        fp32 weights and Adam's moments, one safetensors shard a rank, for resuming
+                     meta.json     stage, step, data cursor, counters, sizes of the logs
+                     SHA256SUMS    of every file above; `sha256sum -c SHA256SUMS` checks it without us
+    ckpt/latest                    the name of the newest one
+
+A folder is written under a temporary name, every file synced to the disk, renamed, and only then named by `latest`: whatever
+kills the run, `latest` names a complete checkpoint, and no folder without `.tmp-` in its name is half there.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+
+from config import FREE_KEYS, Config
+from rollout import gather
+
+LOGS = ("metrics.jsonl", "samples.jsonl")
+SUMS = "SHA256SUMS"
+TMP = ".tmp-"
+
+
+def everywhere(do, error=RuntimeError):
+    """do() on this rank (None: nothing to do here), then a word with the others: if it failed on any rank, `error` with
+    the reasons on all of them. Without it the rank with the full disk ends and the others wait for it in the next
+    collective. A collective itself."""
+    failed, cause = [], None
+    try:
+        if do:
+            do()
+    except (Exception, CheckpointException) as e:  # CheckpointException is torch's, and no Exception
+        failed, cause = reasons(e), e
+    if failed := gather(failed):
+        raise error("; ".join(dict.fromkeys(failed))) from cause
+
+
+def reasons(e):
+    """An exception in one line; of torch's checkpoint exception, which brings every rank's traceback, only the causes."""
+    causes = [c for c, _ in e.failures.values()] if isinstance(e, CheckpointException) else [e]
+    return [" ".join(str(c).split()) if isinstance(c, ValueError) else f"{type(c).__name__}: {c}".rstrip() for c in causes]
+
+
+# ---------------------------------------------------------------------------------------------------------------------- write
+def save(run, cfg, stream, final):
+    """Write ckpt/step_NNNNNN and let `latest` name it. RuntimeError on every rank, and no trace left of the attempt, if it
+    cannot be written anywhere. A collective."""
+    s, root = run.state, f"{run.out}/ckpt"
+    s.update(stage_done=final, cursor=stream.cursor, adam_step=run.policy.adam_step)
+    name = f"step_{s['step']:06d}" + (f"_{cfg.name}_{s['stage_step']:06d}" if cfg.kind == "sft" else "")
+    tmp = f"{root}/{TMP}{name}"
+    state = run.policy.state()
+    need = sum(x.numel() * x.element_size() for x in state.values()) + run.policy.n_params * run.policy.dtype.itemsize
+
+    def begin():
+        shutil.rmtree(tmp, ignore_errors=True)
+        os.makedirs(tmp)
+        if (free := shutil.disk_usage(root).free) < need:
+            raise OSError(f"only {free / 2**30:.3g} GiB are free")
+
+    def end():
+        s["files"] = {f: synced_size(f"{run.out}/{f}") for f in LOGS}
+        with open(f"{tmp}/meta.json", "w") as f:
+            json.dump(s, f, indent=1)
+        sums["meta.json"] = sha256(f"{tmp}/meta.json", sync=True)
+        with open(f"{tmp}/{SUMS}", "w") as f:
+            f.writelines(f"{digest}  {file}\n" for file, digest in sorted(sums.items()))
+        publish(root, tmp, name)
+        prune(root, name, cfg.keep_ckpts, cfg.keep_hf)
+
+    try:
+        everywhere(begin if run.rank == 0 else None)
+        everywhere(lambda: dcp.save(state, storage_writer=HuggingFaceStorageWriter(f"{tmp}/state", save_distributed=True)))
+        everywhere(lambda: run.policy.save_hf(f"{tmp}/hf", run.tokenizer))
+        sums = dict(shared(files(tmp), lambda file: (file, sha256(f"{tmp}/{file}", sync=True)), run))
+        everywhere(end if run.rank == 0 else None)
+    except RuntimeError as e:
+        if run.rank == 0:
+            shutil.rmtree(tmp, ignore_errors=True)
+            last = latest(root)
+        else:
+            last = None
+        last = gather([last])[0]
+        raise RuntimeError(
+            f"step {s['step']}: no checkpoint could be written in {root}: {e}. It needs {need / 2**30:.3g} GiB. "
+            + (f"{last} is complete: the same command goes on from there" if last else "There is none to go on from")
+        ) from e
+
+
+def publish(root, tmp, name):
+    """Rename a complete folder to its name, then let ckpt/latest say so. Synced in this order."""
+    sync_folders(tmp)
+    path = f"{root}/{name}"
+    if os.path.exists(path):  # a run resumed from an older checkpoint comes by once more
+        shutil.rmtree(f"{root}/{TMP}old", ignore_errors=True)
+        os.rename(path, f"{root}/{TMP}old")
+    os.rename(tmp, path)
+    point_at(root, name)
+    shutil.rmtree(f"{root}/{TMP}old", ignore_errors=True)
+
+
+def point_at(root, name):
+    """Let ckpt/latest name this checkpoint, in one atomic step."""
+    with open(f"{root}/{TMP}latest", "w") as f:
+        f.write(name)
+    sha256(f"{root}/{TMP}latest", sync=True)
+    os.replace(f"{root}/{TMP}latest", f"{root}/latest")
+    sync_folders(root, deep=False)
+
+
+def prune(root, newest, keep, keep_hf):
+    """Delete old checkpoints: the `keep` last ones, every stage end and `newest` stay; keep_hf spares the hf folders.
+    Each part moves aside in one step before it is deleted, so that what is there is whole."""
+    resumable = sorted(d for d in os.listdir(root) if os.path.exists(f"{root}/{d}/meta.json"))  # by name is by step
+    for name in resumable[:-keep]:
+        if name != newest and not read_json(f"{root}/{name}/meta.json")["stage_done"]:
+            for part in ["meta.json", SUMS, "state"] if keep_hf else [""]:
+                os.rename(f"{root}/{name}/{part}".rstrip("/"), f"{root}/{TMP}gone")
+                delete(f"{root}/{TMP}gone")
+
+
+def tidy(root, resumed):
+    """At the start of a run: remove what a killed one left half-written or half-deleted, and, unless it is resumed, all."""
+    for d in os.listdir(root):
+        if d.startswith(TMP) or not resumed:
+            delete(f"{root}/{d}")
+        elif os.path.isdir(f"{root}/{d}") and not os.path.exists(f"{root}/{d}/meta.json"):  # killed while pruning
+            for part in (SUMS, "state"):
+                delete(f"{root}/{d}/{part}")
+
+
+def delete(path):
+    """Remove a file or a folder, if it is there."""
+    if os.path.isdir(path):
+        shutil.rmtree(path)
+    elif os.path.exists(path):
+        os.remove(path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------- read
+def find(run, cfg):
+    """The checkpoint to resume from, complete and undamaged, or None. A run resumes itself, with the config it was made
+    with; resume=FOLDER takes any. ValueError otherwise. A collective: the ranks share the checking."""
+    folder, name = cfg.resume, None
+    if cfg.resume == "never":
+        return None
+    if cfg.resume == "auto":
+        name = latest(f"{run.out}/ckpt")
+        if name is None:
+            return None
+        if name in ("", ".", "..") or os.path.basename(name) != name:  # a pointer, not a way out of the run's folder
+            raise ValueError(f"resume: {run.out}/ckpt/latest names {name!r}, which is no folder beside it")
+        folder = f"{run.out}/ckpt/{name}"
+    if not os.path.exists(f"{folder}/{SUMS}"):
+        raise ValueError(f"resume: {folder!r} is no checkpoint folder (no {SUMS}); resume=never starts over")
+    if bad := damaged(folder, run):
+        raise ValueError(
+            f"resume: {', '.join(bad)} in {folder!r} is damaged or missing (its checksum is not the stored one): "
+            "resume=FOLDER takes an older checkpoint, resume=never starts over"
+        )
+    meta, names = read_json(f"{folder}/meta.json"), [n for n, _ in run.stages]
+    if meta["stage"] not in names:
+        raise ValueError(f"resume: {folder!r} is of stage {meta['stage']}, not of {', '.join(names)}; "
+                         "to start from its weights: init_from=…/hf and another out_dir")  # fmt: skip
+    if cfg.resume == "auto":
+        refuse_changes(run, folder)
+    return folder
+
+
+def refuse_changes(run, folder):
+    """ValueError, naming keys and both values, if the run was made with another config than the present one."""
+    saved, advice = read_json(f"{run.out}/stages.json") or {}, (
+        f"choose another out_dir, or resume=never to start over, or resume={folder} to go on with the change")  # fmt: skip
+    if list(saved) != (names := [n for n, _ in run.stages]):
+        raise ValueError(f"stages: the run in {run.out} has the stages {', '.join(saved)}, now {', '.join(names)}; {advice}")
+    for name, cfg in run.stages:
+        old, new = {**vars(Config()), **saved[name]}, vars(cfg)
+        if diff := [k for k in new if k not in FREE_KEYS and k in old and old[k] != new[k]]:
+            was, now = (", ".join(f"{k}={v[k]!r}" for k in diff) for v in (old, new))
+            raise ValueError(f"{', '.join(diff)}: the run in {run.out} was made with {was} (stage {name}), now {now}; {advice}")
+
+
+def damaged(folder, run):
+    """Files of a checkpoint, its hf folder apart, that are missing or differ from their stored checksum. A collective."""
+    with open(f"{folder}/{SUMS}", errors="replace") as f:
+        stored = dict(reversed(line.rstrip("\n").split("  ", 1)) for line in f if "  " in line)
+    if "meta.json" not in stored:
+        return [SUMS]
+    names = sorted(set(stored) | {file for file in files(folder) if file.startswith("state/")})
+    wanted = [file for file in names if not file.startswith(("hf/", SUMS))]
+
+    def check(file):
+        ok = os.path.exists(f"{folder}/{file}") and stored.get(file) == sha256(f"{folder}/{file}")
+        return None if ok else file
+
+    return [file for file in shared(wanted, check, run) if file]
+
+
+def load(run, path):
+    """Restore state, weights and Adam's moments from a checkpoint that find() has checked, at any rank count, and cut the
+    run's logs back to it. A collective."""
+    run.state = read_json(f"{path}/meta.json")
+    if not run.state["stage_done"]:
+        run.policy.prepare_adam(run.state["adam_step"])
+    dcp.load(run.policy.state(), storage_reader=HuggingFaceStorageReader(f"{path}/state"))
+    root = f"{run.out}/ckpt"
+    if run.rank == 0 and os.path.dirname(os.path.abspath(path)) == os.path.abspath(root):
+        for name, size in run.state["files"].items():  # lines after the checkpoint will be written again
+            log = f"{run.out}/{name}"
+            have = os.path.getsize(log) if os.path.exists(log) else 0
+            if have > size:
+                os.truncate(log, size)
+            elif have < size:
+                run.print(f"WARNING: {log} has {have} bytes, {size} when the checkpoint was written: lines are missing")
+        point_at(root, os.path.basename(os.path.abspath(path)))  # an older one, named by resume=FOLDER, is now the newest
+
+
+# ---------------------------------------------------------------------------------------------------------------------- files
+def latest(root):
+    """The name that ckpt/latest gives, or None where there is none."""
+    if not os.path.exists(f"{root}/latest"):
+        return None
+    with open(f"{root}/latest", errors="replace") as f:
+        return f.read().strip()
+
+
+def files(folder):
+    """Relative paths of all files under a folder, sorted."""
+    found = [os.path.join(where, name) for where, _, names in os.walk(folder) for name in names]
+    return sorted(os.path.relpath(file, folder) for file in found)
+
+
+def shared(items, do, run):
+    """[do(item) for each item], the work spread over the ranks; the results, in rank order, on every rank. A collective."""
+    out = []
+    everywhere(lambda: out.extend(do(item) for item in items[run.rank :: run.world]))
+    return gather(out)
+
+
+def sha256(path, sync=False):
+    """The file's SHA-256 in hex, with `sync` after its bytes have reached the disk. 1.7 GB/s on one core."""
+    with open(path, "rb") as f:
+        if sync:
+            os.fsync(f.fileno())
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def sync_folders(folder, deep=True):
+    """Bring the names in a folder, and in those below it, to the disk: a rename is durable only then."""
+    for path in [folder, *(where for where, _, _ in os.walk(folder))] if deep else [folder]:
+        fd = os.open(path, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
+
+
+def synced_size(path):
+    """Bytes of a log that are on the disk for good."""
+    fd = os.open(path, os.O_RDONLY | os.O_CREAT)
+    os.fsync(fd)
+    os.close(fd)
+    return os.path.getsize(path)
+
+
+def read_json(path):
+    """The object in a JSON file, or None where there is no such file."""
+    if not os.path.exists(path):
+        return None
+    with open(path) as f:
+        return json.load(f)

@@ -1,0 +1,329 @@
+"""checkpoint.py: whatever ends a run, it goes on from its last complete checkpoint as if nothing had happened."""
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, free_port, lines, numbers, train_lines
+from safetensors.torch import load_file
+
+import checkpoint
+import cure
+
+STATE = "ckpt/step_000006/state"
+
+
+class Forks:
+    """The other end of forks.py."""
+
+    def __init__(self, folder):
+        env = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        self.folder, self.n = folder, 0
+        self.process = subprocess.Popen([sys.executable, Path(__file__).with_name("forks.py")], stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, text=True, env=env)  # fmt: skip
+
+    def __call__(self, *argv, **job):
+        """One run of cure.py -> codes, seconds, printed."""
+        self.n += 1
+        job |= {"argv": list(map(str, argv)), "log": f"{self.folder}/{self.n}.log", "port": free_port()}
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        out = SimpleNamespace(**json.loads(self.process.stdout.readline()))
+        out.printed = Path(job["log"]).read_text() if os.path.exists(job["log"]) else ""
+        return out
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    forks = Forks(tmp_path_factory.mktemp("forks"))
+    yield forks
+    forks.process.stdin.close()
+    forks.process.wait(timeout=30)
+
+
+@pytest.fixture(scope="session")
+def whole2(config, run, tmp_path_factory):
+    """The folder of one uninterrupted run on two ranks."""
+    out = tmp_path_factory.mktemp("whole2")
+    assert run(*argv(config, out), ranks=2).codes == [0, 0]
+    return out
+
+
+def argv(config, out, *more):
+    return ["--config", config, f"out_dir={out}", "samples_per_step=0", *more]
+
+
+def same_as_whole(out, whole):
+    """Metrics, samples, parameters and Adam's moments, bit for bit."""
+    assert numbers(out) == numbers(whole)
+    assert (out / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+    names = sorted(os.listdir(whole / STATE))
+    assert names == sorted(os.listdir(out / STATE))
+    for name in names:
+        a, b = load_file(whole / STATE / name), load_file(out / STATE / name)
+        assert a.keys() == b.keys() and any(k.startswith("exp_avg_sq") for k in a)
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def all_complete(out):
+    """What `latest` names, after a check of every folder there is: checksums, weights that transformers reads."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    for d in out.glob("ckpt/step_*"):
+        subprocess.run(["sha256sum", "--quiet", "-c", "SHA256SUMS"], cwd=d, check=True)
+        assert AutoModelForCausalLM.from_pretrained(d / "hf").num_parameters() and len(AutoTokenizer.from_pretrained(d / "hf"))
+    return checkpoint.latest(out / "ckpt")
+
+
+# ------------------------------------------------------------------------------------------------------------ exact resume
+@pytest.mark.parametrize("stop_at", [2, 3, pytest.param(5, marks=pytest.mark.slow)])
+def test_a_stopped_and_resumed_run_on_two_ranks_equals_the_whole_one(whole2, config, run, tmp_path, stop_at):
+    assert run(*argv(config, tmp_path, f"max_steps={stop_at}"), ranks=2).codes == [0, 0]
+    again = run(*argv(config, tmp_path), ranks=2)
+    assert again.codes == [0, 0] and f"resumed from step {stop_at}" in again.printed
+    same_as_whole(tmp_path, whole2)
+
+
+def test_a_run_resumes_on_another_rank_count_with_the_same_tokens(whole, config, run, tmp_path):
+    assert run(*argv(config, tmp_path, "max_steps=4"), ranks=2).codes == [0, 0]
+    assert run(*argv(config, tmp_path), ranks=1).codes == [0]
+    for m, w in zip(train_lines(tmp_path), train_lines(whole), strict=True):
+        assert m["tokens/generated"] == w["tokens/generated"]
+        assert m["actor/grad_norm"] == pytest.approx(w["actor/grad_norm"], rel=1e-5)
+
+
+def test_sigterm_to_all_ranks_ends_the_run_after_the_step_with_exit_0(whole2, config, run, tmp_path):
+    out = run(*argv(config, tmp_path), ranks=2, signal_at=2)
+    assert out.codes == [0, 0] and "stopped by a signal after step 2" in out.printed
+    assert all_complete(tmp_path) == "step_000002"
+    assert run(*argv(config, tmp_path), ranks=2).codes == [0, 0]
+    same_as_whole(tmp_path, whole2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_torchrun_passes_a_signal_on_and_the_workers_save(config, tmp_path, name):
+    """As from a scheduler, or Ctrl-C in a terminal: torchrun gets it, and hands it to its workers."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "cure.py"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "120"}
+    p = subprocess.Popen([*command, *argv(config, tmp_path)], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE,
+                         stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+    seen = []
+    for line in p.stdout:
+        seen.append(line)
+        if "stage1 1/3" in line:
+            p.send_signal(getattr(__import__("signal"), name))
+    p.wait(timeout=120)
+    text = "".join(seen)
+    step = int(re.search(r"stopped by a signal after step (\d)", text).group(1))
+    assert all_complete(tmp_path) == f"step_{step:06d}" and len(train_lines(tmp_path)) == step
+    assert "Traceback" not in text.split("stopped by a signal")[0] and p.returncode != 0, "torchrun reports the signal"
+
+
+def test_noise_in_every_global_generator_changes_nothing(whole, config, tmp_path, monkeypatch):
+    import numpy as np
+    noise, describe = random.Random(0), cure.describe
+
+    def disturb(*args):
+        n = noise.randrange(2**31)
+        random.seed(n), np.random.seed(n), torch.manual_seed(n)
+        return describe(*args)
+
+    monkeypatch.setattr(cure, "describe", disturb)
+    monkeypatch.setattr(cure.analyze, "curves", lambda out: [])
+    cure.main(argv(config, tmp_path))
+    same_as_whole(tmp_path, whole)
+
+
+# ---------------------------------------------------------------------------------------------------------------- kill -9
+@pytest.fixture(scope="session")
+def uninterrupted(config, run, tmp_path_factory):
+    """(seconds, operations on checkpoint files) of a run that saves every step."""
+    out = run(*argv(config, tmp_path_factory.mktemp("saves"), "save_every=1"))
+    assert out.codes == [0], out.printed
+    return out.seconds, int(re.search(r"operations on ckpt files: (\d+)", out.printed).group(1))
+
+
+def kill_and_resume(moment, config, run, out, uninterrupted, whole):
+    """Killed at a random moment, one in three by the clock, the others right before an operation on a file of a checkpoint."""
+    seconds, operations = uninterrupted
+    rng = random.Random(moment)
+    when = {"kill_after": rng.uniform(0, seconds)} if moment % 3 == 0 else {"kill_at": rng.randint(1, operations)}
+    killed = run(*argv(config, out, "save_every=1"), **when)
+    latest = all_complete(out)
+    again = run(*argv(config, out, "save_every=1"))
+    print(f"{when}: exit {killed.codes[0]}, latest {latest}")
+    assert again.codes == [0], again.printed
+    if latest:
+        step = int(latest[-6:])
+        assert f"resumed from step {step} " in again.printed or step == 6 and "finished already" in again.printed
+    else:
+        assert "resumed" not in again.printed
+    same_as_whole(out, whole)
+    assert all_complete(out) == "step_000006"
+    assert sorted(os.listdir(out / "ckpt")) == ["latest", "step_000003", "step_000005", "step_000006"], "no leftovers"
+    return killed.codes == [-9]
+
+
+@pytest.mark.parametrize("moment", range(3))
+def test_kill_9_loses_nothing_before_the_last_checkpoint(moment, config, run, tmp_path, uninterrupted, whole):
+    assert kill_and_resume(moment, config, run, tmp_path, uninterrupted, whole), "killed before it ended"
+
+
+@pytest.mark.slow
+def test_kill_9_at_thirty_random_moments(config, run, tmp_path, uninterrupted, whole):
+    killed = sum(kill_and_resume(m, config, run, tmp_path / str(m), uninterrupted, whole) for m in range(3, 33))
+    print(f"{killed} of 30 runs were killed before their end, all 30 went on to the same numbers")
+    assert killed >= 25
+
+
+def test_kill_9_of_one_rank_ends_the_other_and_the_run_goes_on(whole2, config, run, tmp_path):
+    killed = run(*argv(config, tmp_path, "save_every=1"), ranks=2, kill_at=60)
+    print(f"exit codes {killed.codes} after {killed.seconds:.1f} s")
+    assert killed.codes[0] == -9 and killed.codes[1] != 0
+    assert run(*argv(config, tmp_path, "save_every=1"), ranks=2).codes == [0, 0]
+    same_as_whole(tmp_path, whole2)
+
+
+# --------------------------------------------------------------------------------------------------------------- full disk
+@pytest.mark.parametrize("ranks, limit", [(1, {"0": 3_000_000}), (2, {"1": 2_000_000}),
+                                          pytest.param(2, {"0": 2_000_000}, marks=pytest.mark.slow)])
+def test_a_save_that_cannot_be_written_ends_all_ranks_and_leaves_the_last_good_one(
+        whole, whole2, config, run, tmp_path, ranks, limit):
+    """RLIMIT_FSIZE on one rank: a write fails in the middle, as on a full disk."""
+    assert run(*argv(config, tmp_path, "max_steps=2"), ranks=ranks).codes == [0] * ranks
+    full = run(*argv(config, tmp_path, "max_steps=4"), ranks=ranks, limit=limit)
+    says = re.findall(r"RuntimeError: (step 3: no checkpoint could be written in .*)", full.printed)
+    print(f"{ranks} ranks, {full.seconds:.1f} s: {says[0]}")
+    assert full.codes == [1] * ranks and len(says) == ranks, full.printed
+    assert "It needs 0.00" in says[0] and "step_000002 is complete" in says[0]
+    assert all_complete(tmp_path) == "step_000002"
+    assert sorted(os.listdir(tmp_path / "ckpt")) == ["latest", "step_000002"], "nothing of the attempt is left"
+    assert run(*argv(config, tmp_path), ranks=ranks).codes == [0] * ranks
+    same_as_whole(tmp_path, whole if ranks == 1 else whole2)
+
+
+def test_a_disk_without_room_is_refused_before_a_byte_is_written(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=4_000_000))
+    with pytest.raises(RuntimeError, match=r"only 0.00373 GiB are free. It needs 0.00\d+ GiB. There is none to go on from"):
+        cure.main(argv(config, tmp_path, "max_steps=1"))
+    assert os.listdir(tmp_path / "ckpt") == [] and len(train_lines(tmp_path)) == 1
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_really_full_disk(config, tmp_path):
+    """A tmpfs of 16 MiB with room for one checkpoint of 7 MB, not for two."""
+    small = tmp_path / "small"
+    small.mkdir()
+    unshare = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    mount = f"mount -t tmpfs -o size=16m tmpfs {small} && "
+    if not shutil.which("unshare") or subprocess.run([*unshare, mount + "true"], capture_output=True).returncode:
+        pytest.skip("no file system may be mounted here")
+    command = f"{sys.executable} cure.py {' '.join(argv(config, small / 'run', 'save_every=1', 'keep_ckpts=5'))}"
+    keep = f"; code=$?; ls -A {small}/run/ckpt > {tmp_path}/left; cp -r {small}/run {tmp_path}/kept; exit $code"
+    p = subprocess.run([*unshare, mount + command + keep], cwd=ROOT, capture_output=True, text=True,
+                       env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    says = re.search(r"RuntimeError: (step \d: no checkpoint could be written.*)", p.stderr)
+    assert p.returncode == 1 and says, p.stderr
+    print(says.group(1).replace(str(small), "DIR"))
+    names = (tmp_path / "left").read_text().split()
+    assert "latest" in names and not any(n.startswith(".tmp-") for n in names)
+    assert all_complete(tmp_path / "kept") in names
+
+
+def test_a_log_that_cannot_be_written_ends_all_ranks(config, run, tmp_path):
+    out = run(*argv(config, tmp_path), ranks=2, limit={"0": 20_000})
+    says = re.findall(r"RuntimeError: OSError: .*/samples.jsonl cannot be written: File too large", out.printed)
+    print(f"{out.seconds:.1f} s: {says}")
+    assert out.codes == [1, 1] and len(says) == 2
+
+
+# ----------------------------------------------------------------------------------------------------------------- damage
+def test_one_flipped_byte_anywhere_in_a_shard_is_found_at_load(whole2, config, run, tmp_path, capsys):
+    shutil.copytree(whole2, tmp_path / "run")
+    shard = sorted((tmp_path / "run" / STATE).iterdir())[1]
+    good, rng = shard.read_bytes(), random.Random(0)
+    for at in [0, len(good) - 1, *(rng.randrange(len(good)) for _ in range(3))]:
+        shard.write_bytes(good[:at] + bytes([good[at] ^ 1 << rng.randrange(8)]) + good[at + 1 :])
+        with pytest.raises(SystemExit) as e:
+            cure.main(argv(config, tmp_path / "run"))
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and f"state/{shard.name}" in err and "is damaged or missing" in err and err.count("\n") == 1
+        torch.distributed.destroy_process_group()
+    out = run(*argv(config, tmp_path / "run"), ranks=2)
+    assert out.codes == [2, 2] and out.printed.count("is damaged or missing") == 2, "the ranks share the check, and the answer"
+
+
+@pytest.mark.parametrize("file", ["meta.json", "SHA256SUMS", "state"])
+def test_other_damage_is_one_line_too(whole, config, tmp_path, capsys, file):
+    shutil.copytree(whole, tmp_path / "run")
+    checkpoint_dir = tmp_path / "run/ckpt/step_000006"
+    if file == "state":
+        checkpoint.delete(checkpoint_dir / "state")
+    else:
+        (checkpoint_dir / file).write_text((checkpoint_dir / file).read_text()[:-40])
+    with pytest.raises(SystemExit) as e:
+        cure.main(argv(config, tmp_path / "run"))
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.startswith("error: resume: ") and err.count("\n") == 1
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("pointer", ["../../elsewhere", "/tmp", "..", "", "step_000099"])
+def test_latest_leads_nowhere_but_into_the_runs_own_folder(whole, config, tmp_path, capsys, pointer):
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.copytree(whole / "ckpt/step_000003", tmp_path / "elsewhere")
+    (tmp_path / "run/ckpt/latest").write_text(pointer)
+    with pytest.raises(SystemExit) as e:
+        cure.main(argv(config, tmp_path / "run"))
+    assert e.value.code == 2 and capsys.readouterr().err.startswith("error: resume: ")
+    torch.distributed.destroy_process_group()
+
+
+def test_lines_missing_from_a_log_are_said(whole, config, tmp_path, capsys):
+    cure.main(argv(config, tmp_path, "max_steps=3"))
+    kept = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)[:2]
+    (tmp_path / "metrics.jsonl").write_text("".join(kept))
+    cure.main(argv(config, tmp_path, "max_steps=4"))
+    assert "lines are missing" in capsys.readouterr().out and len(lines(tmp_path / "metrics.jsonl")) == 3
+
+
+# ------------------------------------------------------------------------------------------------------------- one at a time
+def test_two_runs_do_not_write_to_one_folder(config, run, tmp_path):
+    import fcntl
+    (tmp_path / "run").mkdir()
+    with open(tmp_path / "run/.lock", "w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        out = run(*argv(config, tmp_path / "run"), ranks=2)
+    assert out.codes == [2, 2] and "out_dir: " in out.printed and "another run is writing there" in out.printed
+    assert run(*argv(config, tmp_path / "run", "max_steps=1")).codes == [0]
+
+
+def test_changed_keys_are_all_named_with_both_values_and_free_ones_are_not(whole, config, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "run")
+    changes = ["clip_high=0.3", "micro_batch_tokens=256", "eval_every=1", "save_every=2", "keep_ckpts=3", "max_steps=9"]
+    with pytest.raises(SystemExit) as e:
+        cure.main(argv(config, tmp_path / "run", *changes))
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.startswith("error: clip_high, micro_batch_tokens: the run in ")
+    assert all(x in err for x in ("clip_high=0.28", "clip_high=0.3", "micro_batch_tokens=128", "micro_batch_tokens=256"))
+    assert "eval_every" not in err and err.count("\n") == 1
+    torch.distributed.destroy_process_group()
+    with pytest.raises(SystemExit):
+        cure.main(argv(config, tmp_path / "run", "only_stage=stage2"))
+    assert "error: stages: the run in" in capsys.readouterr().err
+    torch.distributed.destroy_process_group()
+
+
+def test_keep_ckpts_and_keep_hf_leave_what_they_say(config, run, tmp_path):
+    assert run(*argv(config, tmp_path, "save_every=1", "keep_ckpts=1", "keep_hf=true")).codes == [0]
+    left = {d.name: sorted(os.listdir(d)) for d in (tmp_path / "ckpt").glob("step_*")}
+    full = ["SHA256SUMS", "hf", "meta.json", "state"]
+    assert left == {f"step_{i:06d}": full if i in (3, 6) else ["hf"] for i in range(1, 7)}
