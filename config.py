@@ -46,6 +46,7 @@ class Config:
     top_p: float = 1.0  # must stay 1 in training: a truncated distribution would bias every ratio
     prompts_per_step: int = 512  # groups kept for one training step
     prompts_per_round: int = 1024  # prompts sampled in one round of dynamic sampling
+    prompts_per_chunk: int = 512  # prompts sampled before kept groups are counted: a full step samples no more; 0 = whole rounds
     prompts_per_minibatch: int = 32  # groups of one optimizer step
     max_rounds: int = 10
     on_starved: str = "train"  # train | raise: what to do when max_rounds did not fill the step
@@ -121,7 +122,7 @@ POSITIVE = ("n1", "max_prompt_tokens", "max_response_tokens", "prompts_per_step"
             "engine_rows", "keep_ckpts", "eval_top_p")  # fmt: skip
 NOT_NEGATIVE = ("n2", "steps", "warmup", "weight_decay", "grad_clip", "clip_low", "clip_high", "overlong_buffer", "tis_cap",
                 "eval_prompts", "eval_every", "eval_temperature", "max_steps", "save_every", "samples_per_step", "max_logp_gap",
-                "gpu_memory_utilization")  # fmt: skip
+                "gpu_memory_utilization", "prompts_per_chunk")  # fmt: skip
 # keys a resumed run may change: they say how long, how often and where, not what is computed
 FREE_KEYS = {"max_steps", "save_every", "keep_ckpts", "keep_hf", "eval_every", "samples_per_step", "resume", "out_dir"}
 # keys of the whole run: one model, one engine, one folder for all stages

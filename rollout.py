@@ -435,22 +435,23 @@ SPARE = 8  # dropped groups that are kept at hand, to measure and show something
 def collect(cfg, engine, policy, task, step):
     """Sampling rounds until prompts_per_step groups with both right and wrong answers are kept (DAPO, dynamic sampling).
 
-    Returns (rollouts of the kept groups in data order, metrics), the same on every rank: each rank samples its share of a
-    round's prompts, all decisions are made on gathered data. Fewer groups than asked for after max_rounds: warned about and
-    trained on, or RuntimeError with on_starved: raise. Metrics: counts over *all* rollouts sampled; key "dropped" holds a few
-    rollouts of dropped groups of the first round, for a step that keeps nothing.  (DAPO-3)"""
+    Returns (rollouts of the kept groups in data order, metrics), the same on every rank: each rank samples its share of the
+    prompts, all decisions are made on gathered data. A round is sampled in chunks of prompts_per_chunk and ends with the chunk
+    that fills the step: the groups kept are those of the whole round, the surplus is never sampled. Fewer groups than asked
+    for after max_rounds: trained on, or RuntimeError with on_starved: raise. Metrics: counts over *all* rollouts sampled;
+    key "dropped" holds a few rollouts of dropped groups of the first round, for a step that keeps nothing.  (DAPO-3)"""
     metrics = {"branch": {"candidates": 0, "over_budget": 0}, "reward": {}}
     drawn, kept, dropped, seen = [], [], [], []
-    rounds = 0
-    while rounds < cfg.max_rounds and len(kept) < cfg.prompts_per_step:
-        ids = task.stream.take(cfg.prompts_per_round, exclude=set(drawn))
+    most = cfg.max_rounds * cfg.prompts_per_round
+    while len(drawn) < most and len(kept) < cfg.prompts_per_step:
+        left = cfg.prompts_per_round - len(drawn) % cfg.prompts_per_round  # of this round
+        ids = task.stream.take(min(left, cfg.prompts_per_chunk or left), exclude=set(drawn))
         if not ids:
             break  # every prompt of the data has been drawn in this step
         mine = range(dist.get_rank(), len(ids), dist.get_world_size())
         ordinal = [len(drawn) + i for i in mine]
         rollouts = sample_round(cfg, engine, policy, task, step, [ids[i] for i in mine], ordinal, metrics)
         drawn += ids
-        rounds += 1
         groups = {}
         for r in rollouts:
             groups.setdefault(r.group, []).append(r)
@@ -461,6 +462,7 @@ def collect(cfg, engine, policy, task, step):
             assert len(brief) == cfg.group_size, f"group {g} has {len(brief)} rollouts"
             (kept if ok else dropped).append(rs)
             seen += brief
+    rounds = -(-len(drawn) // cfg.prompts_per_round)
     if len(kept) < cfg.prompts_per_step and cfg.on_starved == "raise":
         raise RuntimeError(
             f"step {step}: only {len(kept)} of {cfg.prompts_per_step} groups have both right and wrong answers after {rounds} "

@@ -733,6 +733,16 @@ def test_kept_groups_are_whole_mixed_in_data_order_and_the_surplus_is_dropped(ro
     assert list(map(key, everything))[: len(rollouts)] == list(map(key, rollouts))        # the first four of them
 
 
+def test_sampling_in_chunks_keeps_the_same_groups_and_stops_once_they_are_enough(round_of):
+    whole, m, _ = round_of(prompts_per_round=12)
+    chunked, c, task = round_of(prompts_per_round=12, prompts_per_chunk=2)
+    assert list(map(key, chunked)) == list(map(key, whole)) and c["train/rounds"] == m["train/rounds"] == 1
+    assert c["train/sampled_groups"] == task.stream.position < m["train/sampled_groups"] == 12
+    assert c["train/sampled_groups"] - chunked[-1].group <= 2, "the chunk of the last group kept is the last one"
+    _, starved, _ = round_of(Rule(lambda text, gold: True), n=24, prompts_per_round=6, prompts_per_chunk=4, max_rounds=3)
+    assert starved["train/rounds"] == 3 and starved["train/sampled_groups"] == 18, "4 and 2 a round, three rounds"
+
+
 def test_advantages_of_a_kept_group_sum_to_zero(round_of):
     rollouts, _, _ = round_of()
     group = torch.tensor([r.group for r in rollouts])
