@@ -78,6 +78,7 @@ class Config:
     micro_batch_tokens: int = 16384  # packed tokens of one forward
     head_chunk: int = 1024  # tokens whose logits exist at one time
     activation_checkpointing: bool = False
+    compile: bool = False  # torch.compile every block, packed inputs padded to a few static shapes (policy.pack)
     engine_rows: int = 256  # torch engine: sequences decoded together
     engine_kv_mib: int = 256  # vllm on CPU: KV cache
     gpu_memory_utilization: float = 0.0  # vllm on CUDA: share of the GPU; 0 = derived (policy.engine_share)
@@ -127,7 +128,7 @@ NOT_NEGATIVE = ("n2", "steps", "warmup", "weight_decay", "grad_clip", "clip_low"
 FREE_KEYS = {"max_steps", "save_every", "keep_ckpts", "keep_hf", "eval_every", "samples_per_step", "resume", "out_dir"}
 # keys of the whole run: one model, one engine, one folder for all stages
 RUN_KEYS = ("model", "toy_dir", "stop_token_ids", "engine", "dtype", "micro_batch_tokens", "head_chunk",
-            "activation_checkpointing",
+            "activation_checkpointing", "compile",
             "engine_rows", "engine_kv_mib", "gpu_memory_utilization", "prefix_caching", "seed", "out_dir", "init_from",
             "only_stage", "resume", "max_steps")  # fmt: skip
 

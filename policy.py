@@ -50,11 +50,16 @@ def packed_attention(module, query, key, value, mask, scaling=None, cu_seq_lens_
         cu, longest = cu_seq_lens_q, max_length_q
         out = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scaling, window_size=(-1, 0), **GQA)
         return out[None], None
-    lengths = cu_seq_lens_q.diff().tolist()
+    return _attention_by_sequence(query, key, value, cu_seq_lens_q, scaling), None
+
+
+@torch.compiler.disable  # lengths are data
+def _attention_by_sequence(query, key, value, cu_seqlens, scaling):
+    lengths = cu_seqlens.diff().tolist()
     # split, not slices: the backward of n slices would fill n gradients of the whole row with zeros
     parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
     rows = [F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True) for q, k, v in parts]
-    return torch.cat(rows, 2).transpose(1, 2), None
+    return torch.cat(rows, 2).transpose(1, 2)
 
 
 AttentionInterface.register("packed", packed_attention)
@@ -62,12 +67,14 @@ hf_logging.disable_progress_bar()  # one bar, ours
 
 
 # ------------------------------------------------------------------------------------------------------------ micro-batches
-def pack(rollouts, device):
+def pack(rollouts, device, bucket=0):
     """Rollouts one after the other in a single row, without padding -> dict for PackedLM.forward.
 
     The one place of the one-token shift: the logits at position i are for token i + 1, so a rollout's last token is never
     an input, and `index` holds the positions whose hidden states *produced* the response tokens `targets` (R,).
-    No rollouts: one dummy token and no targets, so that a rank with nothing to do still joins FSDP's collectives."""
+    No rollouts: one dummy token and no targets, so that a rank with nothing to do still joins FSDP's collectives.
+    bucket > 0 (for compiled blocks, which are compiled for each shape anew): dummy sequences without targets pad T to a
+    multiple of it and n to a multiple of 32, and max_len is the next power of two."""
     ids, pos, index, targets, cu = [], [], [], [], [0]
     for r in rollouts:
         seq = r.prompt_ids + r.prefix_ids + r.response_ids
@@ -81,6 +88,10 @@ def pack(rollouts, device):
         cu.append(len(ids))
     if not rollouts:
         ids, pos, cu = [0], [0], [0, 1]
+    if bucket:
+        dummy = -len(ids) % bucket
+        ids, pos, cu = ids + [0] * dummy, pos + list(range(dummy)), cu + [cu[-1] + dummy]
+        cu += cu[-1:] * (-(len(cu) - 1) % 32)  # sequences of length 0
     lengths = [b - a for a, b in zip(cu, cu[1:], strict=False)]
 
     def tensor(x, dtype=torch.long):
@@ -90,7 +101,7 @@ def pack(rollouts, device):
         "input_ids": tensor(ids)[None],  # (1, T)
         "position_ids": tensor(pos)[None],  # (1, T)
         "cu_seqlens": tensor(cu, torch.int32),  # (n + 1,)
-        "max_len": max(lengths),
+        "max_len": 1 << (max(lengths) - 1).bit_length() if bucket else max(lengths),
         "index": tensor(index),  # (R,)
         "targets": tensor(targets),  # (R,)
     }
@@ -175,9 +186,13 @@ class Policy:
             lm.gradient_checkpointing_enable({"use_reentrant": False})
             lm.train()  # transformers checkpoints in train mode only; the models used here have dropout 0
         self.model = PackedLM(lm, cfg.head_chunk)
+        # eighths of the budget: at most 12.5 % of a full micro-batch is padding, and few shapes are compiled
+        self.bucket = -(-cfg.micro_batch_tokens // 8) if cfg.compile else 0
         mesh = init_device_mesh(device.type, (self.world,))
         mp = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32)
         for block in lm.base_model.layers:
+            if cfg.compile:
+                block.compile(dynamic=False)
             fully_shard(block, mesh=mesh, mp_policy=mp)
         fully_shard(self.model, mesh=mesh, mp_policy=mp)
         for m in self.model.modules():
@@ -194,7 +209,7 @@ class Policy:
 
     def forward(self, rollouts, temperature):
         """(logp (R,), entropy (R,)) fp32 of the response tokens of one micro-batch, rollout after rollout."""
-        return self.model(**pack(rollouts, self.device), temperature=temperature)
+        return self.model(**pack(rollouts, self.device, self.bucket), temperature=temperature)
 
     @torch.no_grad()
     def score(self, micro_batches, temperature):

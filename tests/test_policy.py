@@ -135,6 +135,20 @@ def test_packing_nothing_gives_one_dummy_token_without_a_target():
     assert x["input_ids"].shape == (1, 1) and len(x["index"]) == len(x["targets"]) == 0
 
 
+@pytest.mark.parametrize("rows", [[], ragged(3, 0, 30), ragged(40, 0, 30)], ids=len)
+def test_padding_to_a_bucket_adds_dummy_sequences_only(rows):
+    plain, padded = (pack(rows, torch.device("cpu"), bucket) for bucket in (0, 64))
+    T, n = plain["input_ids"].shape[1], len(plain["cu_seqlens"])
+    assert padded["input_ids"].shape[1] % 64 == 0 and padded["input_ids"].shape[1] - T < 64
+    assert (len(padded["cu_seqlens"]) - 1) % 32 == 0 and padded["cu_seqlens"][-1] == padded["input_ids"].shape[1]
+    assert (padded["cu_seqlens"].diff() >= 0).all() and padded["max_len"] >= padded["cu_seqlens"].diff().max()
+    assert padded["max_len"].bit_count() == 1
+    for key in ("input_ids", "position_ids"):
+        assert torch.equal(padded[key][:, :T], plain[key])
+    assert torch.equal(padded["cu_seqlens"][:n], plain["cu_seqlens"])
+    assert torch.equal(padded["index"], plain["index"]) and torch.equal(padded["targets"], plain["targets"])
+
+
 @pytest.mark.parametrize("r", [Rollout([1], [2], []), Rollout([], [], [1, 2])])
 def test_a_rollout_without_prompt_or_response_is_refused(r):
     with pytest.raises(AssertionError, match="needs a prompt and a response"):
@@ -215,6 +229,21 @@ def test_scoring_and_update_see_the_same_floats_so_the_first_ratio_is_exactly_on
 
     gradients(policy, mbs, loss_fn)
     assert torch.cat(ratios).eq(1).all()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on CPU needs a C++ compiler")
+def test_compiled_blocks_give_the_same_gradient(odd, cpu):
+    base, compiled = make(odd, micro_batch_tokens=512), make(odd, micro_batch_tokens=512, compile=True)
+    rows = prepared(base, ragged(30, 5, 37, per_group=3))
+    loss_fn = token_mean(rows)
+    exact, _ = gradients(base, cut(rows, 512)[0], loss_fn)
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    gap = worst(gradients(compiled, cut(rows, 512)[0], loss_fn)[0], exact)
+    print(f"compiled against eager: {gap:.1e}")
+    assert counters["stats"]["unique_graphs"] > 0, "something was compiled"
+    assert gap <= 1e-5
 
 
 # ------------------------------------------------------------------------------------------------------- neighbour isolation
