@@ -148,6 +148,31 @@ def summary_table(run):
         "eval/truncated": ".3f", "tokens/generated": "k"}) if rows else f"{run}: no evaluation was logged"
 
 
+def ledger(run, last=None):
+    """Where the time of a run went: seconds by phase, per training step and of all, then speed and memory. last: what was
+    timed after the last line of the log (the final checkpoint)."""
+    train, evals = read_run(run)
+    seconds = {phase: sum(value(row, f"timing_s/{phase}") for row in [*train, *evals, last or {}]
+                          if f"timing_s/{phase}" in row) for phase in PHASES}
+    total = sum(seconds.values())
+    if not train or not total:
+        return f"{run}: no training step was logged"
+    rows = [["phase", "s", "s/step", "share"]]
+    rows += [[phase, f"{s:.1f}", f"{s / len(train):.3f}", f"{s / total:.1%}"] for phase, s in seconds.items() if s]
+    rows += [["all", f"{total:.1f}", f"{total / len(train):.3f}", "100.0%"]]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+
+    def middle(key, form):
+        numbers = [value(row, key) for row in train if key in row]
+        return f"{np.median(numbers):{form}}" if numbers else "-"
+
+    lines.append(f"median of {len(train)} steps: {middle('perf/throughput', '.0f')} generated tokens/s and rank over the whole "
+                 f"step, update {middle('perf/tflops', '.3g')} TFLOP/s and rank, MFU {middle('perf/mfu', '.1%')}, "
+                 f"peak {middle('perf/peak_memory_gib', '.2f')} GiB")
+    return "\n".join(lines)
+
+
 def compare_table(arms):
     """One row per arm, from the last evaluation that all its seeds have; ± is half the range over the seeds."""
     rows = []

@@ -13,6 +13,7 @@ import fcntl
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -67,8 +68,19 @@ def train_step(run, cfg, task, stage_step):
     parts = sum(v for k, v in m.items() if k.startswith("timing_s/")) - m["timing_s/step"]
     m["timing_s/other"] = m["timing_s/step"] - parts
     m["perf/throughput"] = tokens / m["timing_s/step"] / run.world  # generated tokens a second and rank
+    m["perf/peak_memory_gib"] = max(gather([peak_memory()]))
     run.samples(rollouts or dropped, cfg, step)
     return m
+
+
+def peak_memory():
+    """GiB at the highest: of this rank's GPU as torch counts it (the engine's KV cache, vLLM's own pool, apart), since the
+    last call; of the process where there is no GPU, since its start."""
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return peak / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10) / 2**30
 
 
 def prepare(run, cfg, rollouts, m):
@@ -250,6 +262,7 @@ class Run:
         self.state = {"stage": stages[0][0], "stage_step": 0, "stage_done": False, "step": 0, "opt_step": 0, "adam_step": 0,
                       "generated": 0, "first_gap": 0.0, "skipped_in_a_row": 0, "cursor": [0, 0], "files": {}}  # fmt: skip
         self.out, self.stop, self.engine = stages[0][1].out_dir, False, None
+        self.pending = {}  # timing_s/save of a checkpoint, for the next line of the log
 
     def print(self, text):
         if self.rank == 0:
@@ -294,7 +307,8 @@ class Run:
         """Append one line to metrics.jsonl."""
         s = self.state
         head = {"step": s["step"], "stage": s["stage"], "opt_step": s["opt_step"], "tokens/generated": s["generated"]}
-        line = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in {**head, **line}.items()}
+        line, self.pending = {**head, **line, **self.pending}, {}
+        line = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in line.items()}
         self.append("metrics.jsonl", [line])
 
     def samples(self, rollouts, cfg, step):
@@ -539,7 +553,8 @@ def run_stage(run, name, cfg, bar):
         stopped = bool(stop)
         pause = stopped or (rl and s["step"] == cfg.max_steps)
         if last or ended or pause or cfg.save_every and s["stage_step"] % cfg.save_every == 0:
-            checkpoint.save(run, cfg, task.stream, final=last or ended)
+            with timed(run.pending, "save"):
+                checkpoint.save(run, cfg, task.stream, final=last or ended)
     if stopped:
         run.print(f"stopped by a signal after step {s['step']}, with a checkpoint; the same command goes on from here")
     return not stopped
@@ -593,6 +608,7 @@ def main(argv):
         run.print("all stages are done")
     if run.rank == 0:
         run.print(analyze.summary_table(run.out))
+        run.print(analyze.ledger(run.out, run.pending))
         if run.state["step"]:
             run.print("pictures: " + ", ".join(map(str, analyze.curves(run.out))))
     dist.barrier()
