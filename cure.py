@@ -31,6 +31,7 @@ import rollout
 from config import FREE_KEYS, load_config
 from eval import evaluate
 from loss import entropy_mask, group_advantages, mismatch, n_kept, policy_loss, token_weights, truncated_importance
+from plan import report as plan_report
 from policy import Policy, compute_dtype, engine_share, init_distributed, packed_length, partition
 from reward import VerifierPool, self_test
 from rollout import Rollout, Task, allowed_tokens, collect, gather, request_seed, timed
@@ -388,8 +389,13 @@ def setup(argv, train=True):
 
 
 def _setup(argv, train):
-    """Config, process group, toy, tokenizer, data, engine, policy."""
+    """Config, process group, toy, tokenizer, data, engine, policy. dry_run: the plan is printed, and there is no Run."""
     stages = load_config(argv, usage=__doc__)
+    if stages[0][1].dry_run:
+        if not train:
+            raise ValueError("dry_run: only cure.py has a plan")
+        print_plan(stages)
+        return None
     run = Run(stages, *init_distributed())
     first = stages[0][1]
     if "toy" in {v for _, c in stages for v in (c.model, c.data, c.eval_data)}:
@@ -437,6 +443,16 @@ def _setup(argv, train):
         run.load(resume)
         run.print(f"resumed from step {run.state['step']} ({run.state['stage']} {run.state['stage_step']}, {resume})")
     return run
+
+
+def print_plan(stages):
+    """What this config would cost, from the model's config.json alone. The toy has a shape before it has a folder."""
+    first = stages[0][1]
+    path = first.init_from or (first.toy_dir if first.model == "toy" else first.model)
+    unmade = path == first.toy_dir and not os.path.exists(f"{path}/config.json")
+    text = plan_report(stages, data.toy_config() if unmade else load_hf_config(path))
+    if os.environ.get("RANK", "0") == "0":
+        print(text)
 
 
 def load_tokenizer(path):
@@ -663,6 +679,8 @@ def describe(run, cfg, m):
 def main(argv):
     """Run all stages of a config, from where the run folder stands."""
     run = setup(argv)
+    if run is None:  # dry_run
+        return 0
     resumed = run.state["step"] > 0 or run.state["stage_step"] > 0
 
     def finish_step(signum, _):
