@@ -20,6 +20,7 @@ log-probs 34-49 s (42), entropy pass 17-24 s (22), both the range of MFU 0.5 to 
 """
 
 import math
+from bisect import bisect_left
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -182,22 +183,19 @@ def misfits(cfg, config, gpu, world):
 
 def remedies(cfg, config, gpu, world, peak):
     """Changes of a single key, "key=value", each of which alone makes `peak` fit; or, if none does, GPUs on which it fits."""
-    longest = cfg.max_prompt_tokens + cfg.max_response_tokens
+
+    def fits(gpu=gpu, world=world, **changes):
+        return peak not in misfits(replace(cfg, **changes), config, gpu, world)
+
+    longest, counts, out = cfg.max_prompt_tokens + cfg.max_response_tokens, [2**k for k in range(11)], []
+    if not cfg.activation_checkpointing and fits(activation_checkpointing=True):
+        out.append("activation_checkpointing=true")
+    budgets = range(-(-longest // 1024) * 1024, cfg.micro_batch_tokens, 1024)  # one sequence must fit
+    if k := bisect_left(budgets, True, key=lambda v: not fits(micro_batch_tokens=v)):
+        out.append(f"micro_batch_tokens={budgets[k - 1]}")
     share = int(100 * engine_room(cfg, config, world, gpu.memory * GIB)[1]) / 100
-    tries = {
-        "activation_checkpointing": [True],
-        "micro_batch_tokens": [*range((cfg.micro_batch_tokens - 1) // 1024 * 1024, longest, -1024), longest],
-        "gpu_memory_utilization": [share] if cfg.gpu_memory_utilization and share > 0 else [],
-    }
-    counts = [2**k for k in range(11)]
-
-    def fits(cfg=cfg, gpu=gpu, world=world):
-        return peak not in misfits(cfg, config, gpu, world)
-
-    out = []
-    for key, values in tries.items():
-        found = next((v for v in values if v != getattr(cfg, key) and fits(replace(cfg, **{key: v}))), None)
-        out += [f"{key}={str(found).lower()}"] if found is not None else []
+    if cfg.gpu_memory_utilization and share > 0 and fits(gpu_memory_utilization=share):
+        out.append(f"gpu_memory_utilization={share}")
     if more := next((n for n in counts if n > world and fits(world=n)), 0):
         out.append(f"plan_gpus={more}")
     if not out:

@@ -366,7 +366,7 @@ def trainer_memory(cfg, config, world):
     T, D = cfg.micro_batch_tokens, s.width
     chunks = 3 * 4 * cfg.head_chunk * s.vocab
     one_block = T * (16 * D + 8 * s.inner + 4 * s.heads + 4 * s.kv)
-    saved = T * 10 * D + s.layers * (2 * T * D if cfg.activation_checkpointing else one_block)  # 10 D: last norm, head's input
+    saved = T * 8 * D + s.layers * (2 * T * D if cfg.activation_checkpointing else one_block)  # 8 D: last norm, head's input
     again = one_block if cfg.activation_checkpointing else 0
     shared = {
         "fp32 weights": 4 * s.params / world, "Adam moments": 8 * s.params / world, "gradients": 0,
