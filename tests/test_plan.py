@@ -235,6 +235,19 @@ def test_memory_of_7b_by_hand():
     assert asleep["gradient buffers"] == 10 * 152064 * 3584
 
 
+@pytest.mark.parametrize("vocab, tokens, expected", [
+    # activations, logit chunks, gradient buffers by hand for D = 64, I = 160, Q = 64, KV = 32, 3 blocks
+    (4000, 500, lambda s: (500 * 64 * (8 + 3 * 2), 3 * 4 * 8 * 4000, 10 * s.head)),                      # the head's backward
+    (53, 4096, lambda s: (4096 * (64 * (8 + 3 * 2 + 16 + 4 + 2) + 8 * 160), 0, 2 * s.head + 6 * s.block)),      # a block's
+    (4000, 100, lambda s: (0, 0, 6 * (2 * 4000 * 64 + 64))),                                             # the root's, untied
+])  # fmt: skip
+def test_the_update_peaks_at_the_largest_of_three_moments(vocab, tokens, expected):
+    config = Qwen2Config(**SMALL | {"vocab_size": vocab}, tie_word_embeddings=False)
+    cfg = replace(stages()[0][1], micro_batch_tokens=tokens, head_chunk=8)
+    parts = trainer_memory(cfg, config, 1)[1]
+    assert tuple(parts[k] for k in ("activations", "logit chunks", "gradient buffers")) == expected(model_sizes(config))
+
+
 def test_what_is_sharded_halves_with_twice_the_gpus_and_the_rest_stays():
     cfg = stages()[0][1]
     for few, many in zip(trainer_memory(cfg, qwen_7b(), 8), trainer_memory(cfg, qwen_7b(), 16), strict=True):
