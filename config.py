@@ -92,6 +92,11 @@ class Config:
     eval_every: int = 0  # steps; 0 = only before the first step and at stage ends
     eval_temperature: float = 1.0
     eval_top_p: float = 1.0
+    # the plan: cure.py prints what the run will cost and stops, without GPU, weights or data (plan.py)
+    dry_run: bool = False
+    plan_gpu: str = "h100"  # h100 | h200 | a100 (80 GB) | l40s | rtx4090
+    plan_gpus: int = 8  # of one node
+    plan_mean_response: int = 0  # tokens of a response; 0 = 1000, or 40 % of max_response_tokens where that is less
     # files
     out_dir: str = ""  # default runs/<name of the config file>
     init_from: str = ""  # weights to start from instead of model (a checkpoint's hf folder)
@@ -116,21 +121,22 @@ CHOICES = {
     "overlong_scope": ("continuation", "total"), "reward_scope": ("response", "continuation"),
     "agg": ("token", "sequence", "micro"), "entropy_mask_side": ("top", "bottom", "random"),
     "entropy_mask_scope": ("mini", "micro"), "entropy_mask_norm": ("kept", "all"), "engine": ("auto", "vllm", "torch"),
-    "dtype": ("auto", "float32", "bfloat16"),
+    "dtype": ("auto", "float32", "bfloat16"), "plan_gpu": ("h100", "h200", "a100", "l40s", "rtx4090"),
 }  # fmt: skip
 POSITIVE = ("n1", "max_prompt_tokens", "max_response_tokens", "prompts_per_step", "prompts_per_round", "max_rounds",
             "prompts_per_minibatch", "critical_top_k", "micro_batch_tokens", "head_chunk", "eval_n", "lr", "temperature",
-            "engine_rows", "keep_ckpts", "eval_top_p")  # fmt: skip
+            "engine_rows", "keep_ckpts", "eval_top_p", "plan_gpus")  # fmt: skip
 NOT_NEGATIVE = ("n2", "steps", "warmup", "weight_decay", "grad_clip", "clip_low", "clip_high", "overlong_buffer", "tis_cap",
                 "eval_prompts", "eval_every", "eval_temperature", "max_steps", "save_every", "samples_per_step", "max_logp_gap",
-                "gpu_memory_utilization", "prompts_per_chunk")  # fmt: skip
+                "gpu_memory_utilization", "prompts_per_chunk", "plan_mean_response")  # fmt: skip
 # keys a resumed run may change: they say how long, how often and where, not what is computed
-FREE_KEYS = {"max_steps", "save_every", "keep_ckpts", "keep_hf", "eval_every", "samples_per_step", "resume", "out_dir"}
+FREE_KEYS = {"max_steps", "save_every", "keep_ckpts", "keep_hf", "eval_every", "samples_per_step", "resume", "out_dir",
+             "dry_run", "plan_gpu", "plan_gpus", "plan_mean_response"}  # fmt: skip
 # keys of the whole run: one model, one engine, one folder for all stages
 RUN_KEYS = ("model", "toy_dir", "stop_token_ids", "engine", "dtype", "micro_batch_tokens", "head_chunk",
             "activation_checkpointing", "compile",
             "engine_rows", "engine_kv_mib", "gpu_memory_utilization", "prefix_caching", "seed", "out_dir", "init_from",
-            "only_stage", "resume", "max_steps")  # fmt: skip
+            "only_stage", "resume", "max_steps", "dry_run", "plan_gpu", "plan_gpus")  # fmt: skip
 
 
 def load_config(argv, usage=None):
@@ -201,6 +207,8 @@ def check(cfg):
         raise ValueError(
             f"prompts_per_step: {cfg.prompts_per_step} is no multiple of prompts_per_minibatch {cfg.prompts_per_minibatch}"
         )
+    if cfg.plan_mean_response > cfg.max_response_tokens:
+        raise ValueError(f"plan_mean_response: {cfg.plan_mean_response} is over max_response_tokens {cfg.max_response_tokens}")
     longest = cfg.max_prompt_tokens + cfg.max_response_tokens
     if cfg.micro_batch_tokens < longest:
         raise ValueError(f"micro_batch_tokens: {cfg.micro_batch_tokens} is smaller than one sequence of {longest} tokens")

@@ -33,7 +33,9 @@ from checkpoint import LOGS, everywhere
 from config import load_config
 from eval import evaluate
 from loss import entropy_mask, group_advantages, mismatch, n_kept, policy_loss, token_weights, truncated_importance
-from policy import Policy, compute_dtype, engine_share, init_distributed, packed_length, partition
+from plan import engine_share, forward_flops, peak_flops
+from plan import report as plan_report
+from policy import Policy, compute_dtype, init_distributed, packed_length, partition
 from reward import VerifierPool, self_test
 from rollout import Rollout, Task, allowed_tokens, collect, gather, request_seed, timed
 
@@ -62,6 +64,7 @@ def train_step(run, cfg, task, stage_step):
                 run.engine.sleep()
             with timed(m, "update_actor"):
                 update(run, cfg, rollouts, plan, stage_step, m)
+            m.update(utilisation(run, rollouts, m["timing_s/update_actor"]))
             run.refresh(m)
         else:
             m["train/empty_steps"] = 1
@@ -71,6 +74,15 @@ def train_step(run, cfg, task, stage_step):
     m["perf/peak_memory_gib"] = max(gather([peak_memory()]))
     run.samples(rollouts or dropped, cfg, step)
     return m
+
+
+def utilisation(run, rollouts, seconds):
+    """Model FLOPs utilisation of the update: 3 forwards (a backward is 2) over the rollouts trained on, whatever is computed
+    again, padded or waited for, per second and rank, over the GPU's peak (plan.forward_flops: embeddings do not count)."""
+    tokens = sum(len(r.response_ids) for r in rollouts)
+    flops = 3 * forward_flops(run.policy.config, [packed_length(r) for r in rollouts], tokens) / seconds / run.world
+    out = {"perf/tflops": flops / 1e12, "perf/trained_throughput": tokens / seconds / run.world}
+    return out | ({"perf/mfu": flops / peak_flops()} if peak_flops() else {})
 
 
 def peak_memory():
@@ -342,8 +354,13 @@ def setup(argv, train=True):
 
 
 def _setup(argv, train):
-    """Config, process group, toy, tokenizer, data, engine, policy."""
+    """Config, process group, toy, tokenizer, data, engine, policy. dry_run: the plan is printed, and there is no Run."""
     stages = load_config(argv, usage=__doc__)
+    if stages[0][1].dry_run:
+        if not train:
+            raise ValueError("dry_run: only cure.py has a plan")
+        print_plan(stages)
+        return None
     run = Run(stages, *init_distributed())
     first = stages[0][1]
     if "toy" in {v for _, c in stages for v in (c.model, c.data, c.eval_data)}:
@@ -400,6 +417,16 @@ def _setup(argv, train):
     if train:
         everywhere((lambda: start_files(run, bool(resume))) if run.rank == 0 else None, ValueError)
     return run
+
+
+def print_plan(stages):
+    """What this config would cost, from the model's config.json alone. The toy has a shape before it has a folder."""
+    first = stages[0][1]
+    path = first.init_from or (first.toy_dir if first.model == "toy" else first.model)
+    unmade = path == first.toy_dir and not os.path.exists(f"{path}/config.json")
+    text = plan_report(stages, data.toy_config() if unmade else load_hf_config(path))
+    if os.environ.get("RANK", "0") == "0":
+        print(text)
 
 
 def load_tokenizer(path):
@@ -602,6 +629,8 @@ def describe(run, cfg, m):
 def main(argv):
     """Run all stages of a config, from where the run folder stands."""
     run = setup(argv)
+    if run is None:  # dry_run
+        return 0
     if run.finished:
         run.print(f"the run in {run.out} is finished already")
     elif train(run):

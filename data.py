@@ -314,6 +314,17 @@ def toy_regions(text: str) -> dict[str, list[bool]]:
     return {"operands": operands, "results": results}
 
 
+TOY_SYMBOLS = ["<|pad|>", "<|endoftext|>", *"0123456789+=;?Ġ\\boxed{}"]
+
+
+def toy_config():
+    """The shape of the toy's model, 0.43 M parameters."""
+    from transformers import Qwen2Config
+    return Qwen2Config(vocab_size=len(TOY_SYMBOLS), hidden_size=128, intermediate_size=384, num_hidden_layers=2,
+                       num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128,
+                       tie_word_embeddings=True, bos_token_id=None, pad_token_id=0, eos_token_id=1)
+
+
 def make_toy(folder: str, n_train: int = 4000, n_heldout: int = 256, n_sft: int = 48000, seed: int = 0) -> None:
     """Into `folder`: an untrained model as an ordinary HF folder, and train.jsonl, heldout.jsonl, sft.jsonl.
 
@@ -321,7 +332,7 @@ def make_toy(folder: str, n_train: int = 4000, n_heldout: int = 256, n_sft: int 
     has a prompt twice. The same seed makes the same files and weights. Global random states stay as they are.
     """
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+    from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
     assert n_heldout <= 10_000 and max(n_train, n_sft) <= 300_000, "too much to draw from 29^4 = 707,281 prompts"
     try:
         os.makedirs(folder, exist_ok=True)
@@ -342,14 +353,10 @@ def make_toy(folder: str, n_train: int = 4000, n_heldout: int = 256, n_sft: int 
             file.writelines(json.dumps(row) + "\n" for row in rows.values())
     # A BPE without merges is a character-level tokenizer. It must be Qwen2's own class (which writes " " as "Ġ"): for a
     # qwen2 model AutoTokenizer overrules the class named in the folder, and any other would come back blind to spaces.
-    symbols = ["<|pad|>", "<|endoftext|>", *"0123456789+=;?Ġ\\boxed{}"]
-    tokenizer = Qwen2Tokenizer(vocab={s: i for i, s in enumerate(symbols)}, merges=[], unk_token=None,
-                               pad_token=symbols[0], eos_token=symbols[1], clean_up_tokenization_spaces=False)
-    config = Qwen2Config(vocab_size=len(symbols), hidden_size=128, intermediate_size=384, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128,
-                         tie_word_embeddings=True, bos_token_id=None, pad_token_id=0, eos_token_id=1)
+    tokenizer = Qwen2Tokenizer(vocab={s: i for i, s in enumerate(TOY_SYMBOLS)}, merges=[], unk_token=None,
+                               pad_token=TOY_SYMBOLS[0], eos_token=TOY_SYMBOLS[1], clean_up_tokenization_spaces=False)
     with torch.random.fork_rng(devices=[]):             # the init draws from the global CPU generator: restore it
         torch.default_generator.manual_seed(seed)       # (torch.manual_seed would reseed CUDA as well)
-        model = Qwen2ForCausalLM(config)
+        model = Qwen2ForCausalLM(toy_config())
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)                       # with a generation_config that holds eos and pad

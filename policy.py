@@ -307,37 +307,3 @@ def compute_dtype(cfg, device):
     if cfg.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return getattr(torch, cfg.dtype)
-
-
-def engine_share(cfg, config, world, total):
-    """The share of one GPU that vLLM may take (its gpu_memory_utilization) beside what the trainer keeps while the engine
-    is awake -> (share, one line of numbers). Bytes, by arithmetic, bf16 compute:
-
-    persistent     12 B a parameter, sharded: fp32 weights and Adam's two moments (gradients are freed)
-    entropy pass   gathered weights of the root and two blocks, activations of one block, three chunks of fp32 logits
-    reserve        3 GiB for the CUDA context, NCCL and fragmentation
-
-    ValueError where cfg.gpu_memory_utilization asks for more, or where nothing useful is left. `total`: bytes of the GPU."""
-    with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(config)
-    n = sum(p.numel() for p in lm.parameters())
-    block = sum(p.numel() for p in lm.base_model.layers[0].parameters())
-    root = n - block * len(lm.base_model.layers)
-    T, D, V, inner = cfg.micro_batch_tokens, config.hidden_size, config.vocab_size, config.intermediate_size
-    persistent = 12 * n / world
-    entropy_pass = 2 * (root + 2 * block) + 2 * T * (8 * D + 3 * inner) + 3 * 4 * cfg.head_chunk * V
-    fits = (total - persistent - entropy_pass - 3 * 2**30) / total
-    share = cfg.gpu_memory_utilization or int(100 * fits) / 100
-    head_dim = getattr(config, "head_dim", None) or D // config.num_attention_heads
-    kv = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim  # bytes a token, keys and values in bf16
-    tokens = int((share * total - 2 * n - 2**30) / kv)  # 1 GiB: the engine's own activations and graphs, roughly
-    gib = 2**30
-    report = (
-        f"GPU {total / gib:.1f} GiB: trainer keeps {persistent / gib:.1f}, entropy pass {entropy_pass / gib:.1f}, engine "
-        f"{share:.2f} = {share * total / gib:.1f} GiB, weights {2 * n / gib:.1f}, KV for {max(0, tokens)} tokens"
-    )
-    if fits <= 0 or tokens < cfg.max_prompt_tokens + cfg.max_response_tokens:
-        raise ValueError(f"model: does not fit, use more ranks, or lower micro_batch_tokens (= {T}). {report}")
-    if share > fits:
-        raise ValueError(f"gpu_memory_utilization: {share:.2f} is too much, set at most {int(100 * fits) / 100}. {report}")
-    return share, report

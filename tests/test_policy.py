@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 import cure
 from config import Config
 from loss import group_advantages, policy_loss, token_weights
-from policy import Policy, bins, compute_dtype, engine_share, pack, packed_length, partition
+from plan import engine_share
+from policy import Policy, bins, compute_dtype, pack, packed_length, partition
 from rollout import Rollout, gather
 
 BUDGET = 4096
