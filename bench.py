@@ -1,76 +1,420 @@
-"""How fast are rollouts? One model, the same prompts and seeds, engines side by side in one run:
+"""How fast, and with how much memory: random weights of any shape, nothing downloaded, variants side by side in one run.
 
-    python bench.py model=DIR data=FILE.jsonl                                    # a HF folder, prompts from any data source
-    python bench.py model=DIR data=FILE.jsonl n1=4 n2=3 prompts_per_step=8 prompts_per_minibatch=8 max_response_tokens=128
+    python bench.py                                                    # SmolLM2-135M's shape on this machine, every part
+    python bench.py --only update,head --shape 1.5b --rollouts 256 --mean 1000 --longest 4096 compile=true
+    torchrun --nproc_per_node 8 bench.py --shape 7b --only update,score,sync activation_checkpointing=true
+    python bench.py --only rollout model=DIR data=FILE.jsonl template=chat         # real prompts, text of real lengths
 
-Round 1 samples n1 responses a prompt; round 2 branches n2 times off each at its middle, as CURE does, with vLLM's prefix cache
-(warm from round 1), with it cleared, and on the torch engine. Median of 5 repetitions; tokens/s of generated tokens.
+Parts: update (packed against padded to the longest; twice the tokens; twice the chunks), score (the log-prob pass, with and
+without reuse_entropy_logp), head (chunked against naive, in processes of their own), rollout, sync, verifier, balance. Variants
+take turns, medians of --repeats turns; ratios are of medians. One table, one JSON line. key=value: settings of config.py.
 """
 
+import argparse
 import json
+import random
+import shutil
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 
+import numpy as np
 import torch
-from safetensors.torch import load_file
+import torch.distributed as dist
 from tqdm import tqdm
 
 import cure
 import data
+import policy as policy_module
 from config import load_config
-from policy import compute_dtype, init_distributed
-from rollout import Sampling, TorchEngine, VLLMEngine, request_seed
+from loss import logp_and_entropy, policy_loss
+from plan import forward_flops, peak_flops
+from policy import Policy, compute_dtype, init_distributed, packed_length, partition
+from reward import VerifierPool
+from rollout import Rollout, Sampling, TorchEngine, VLLMEngine, gather, request_seed
 
-REPEATS = 5
-
-
-def main(argv):
-    (_, cfg), *_ = load_config(argv)
-    _, _, device = init_distributed()
-    tokenizer, eos = cure.load_tokenizer(cfg.model)
-    stop = {tokenizer.eos_token_id, *eos} - {None}
-    prompts, _ = data.load_prompts(cfg.data, tokenizer, cfg.template, cfg.max_prompt_tokens, limit=cfg.prompts_per_step)
-    prompts = [p.ids for p in prompts]
-    dtype, sampling = compute_dtype(cfg, device), Sampling(cfg.max_response_tokens)
-    longest = cfg.max_prompt_tokens + cfg.max_response_tokens
-    try:
-        engines = {"vllm": VLLMEngine(cfg, cfg.model, device, dtype, stop, longest)}
-    except ValueError as e:
-        print(e, file=sys.stderr)
-        engines = {}
-    if device.type == "cpu" or not engines:
-        engines["torch"] = TorchEngine(cfg, cfg.model, device, dtype, stop)
-    for engine in engines.values():
-        engine.wake()
-        engine.sync(load_file(f"{cfg.model}/model.safetensors").items())
-
-    speeds = {}
-    for repeat in tqdm(range(REPEATS), unit="repeat", disable=None):
-        for name, engine in engines.items():
-            seeds = [request_seed("bench", repeat, i) for i in range(len(prompts))]
-            base = timed_tokens(speeds, f"{name} round 1", engine, prompts, cfg.n1, sampling, seeds)
-            forks = [p + c.ids[: len(c.ids) // 2] for p, cs in zip(prompts, base, strict=True) for c in cs]
-            seeds = [request_seed("bench", repeat, i, "branch") for i in range(len(forks))]
-            if name == "vllm":
-                timed_tokens(speeds, "vllm round 2, prefix cache warm", engine, forks, cfg.n2, sampling, seeds)
-                engine.llm.reset_prefix_cache()
-            label = f"{name} round 2" + (", prefix cache cleared" if name == "vllm" else "")
-            timed_tokens(speeds, label, engine, forks, cfg.n2, sampling, seeds)
-    table = {k: round(statistics.median(v), 1) for k, v in speeds.items()}
-    for k, v in table.items():
-        print(f"{k:36s} {v:9.1f} tokens/s   (min {min(speeds[k]):.1f}, max {max(speeds[k]):.1f})")
-    versions = {"torch": torch.__version__, "device": str(device), "threads": torch.get_num_threads()}
-    print(json.dumps({"model": cfg.model, "prompts": len(prompts), "n1": cfg.n1, "n2": cfg.n2, "tokens/s": table, **versions}))
+PARTS = ("update", "score", "head", "rollout", "sync", "verifier", "balance")
+SHAPES = {  # of the published models' config.json; q = Qwen2, l = Llama
+    "135m": ("llama", 576, 30, 9, 3, 1536, 49152, True),  # SmolLM2-135M: width, blocks, heads, kv heads, MLP, vocabulary, tied
+    "0.5b": ("qwen2", 896, 24, 14, 2, 4864, 151936, True),  # Qwen2.5-0.5B
+    "1.5b": ("qwen2", 1536, 28, 12, 2, 8960, 151936, True),  # Qwen2.5-Math-1.5B
+    "7b": ("qwen2", 3584, 28, 28, 4, 18944, 152064, False),  # Qwen2.5-Math-7B
+}
 
 
-def timed_tokens(speeds, label, engine, prompts, n, sampling, seeds):
-    """Generate, and note the generated tokens per second under `label`; returns the completions."""
-    start = time.perf_counter()
-    out = engine.generate(prompts, n, sampling, seeds)
-    speeds.setdefault(label, []).append(sum(len(c.ids) for cs in out for c in cs) / (time.perf_counter() - start))
+def shape_config(shape):
+    """The HF config of one of SHAPES, of the toy, or of a folder with a config.json."""
+    from transformers import AutoConfig
+
+    if shape not in SHAPES:
+        return data.toy_config() if shape == "toy" else cure.load_hf_config(shape)
+    kind, width, blocks, heads, kv, inner, vocab, tied = SHAPES[shape]
+    return AutoConfig.for_model(
+        kind, hidden_size=width, num_hidden_layers=blocks, num_attention_heads=heads, num_key_value_heads=kv,
+        intermediate_size=inner, vocab_size=vocab, tie_word_embeddings=tied, max_position_embeddings=16384,
+        bos_token_id=None, eos_token_id=0,
+    )  # fmt: skip
+
+
+def random_model(config, folder):
+    """An HF folder with random weights of this shape, and the toy's tokenizer: the engines want one."""
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
+    data.make_toy(f"{folder}/toy", n_train=1, n_heldout=1, n_sft=1)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(f"{folder}/toy/{name}", folder)
+
+
+def rollouts(n, mean, longest, vocab, prompt=64, seed=0):
+    """n rollouts of random ids whose response lengths are log-normal (sigma 0.8), `mean` on average, at most `longest`."""
+    rng = random.Random(seed)
+    out = []
+    for i in range(n):
+        length = min(longest, max(1, int(rng.lognormvariate(np.log(mean) - 0.32, 0.8))))
+        ids = [rng.randrange(vocab) for _ in range(prompt + length)]
+        r = Rollout(ids[:prompt], [], ids[prompt:], group=i // 4)
+        r.advantage, r.old_logp = rng.choice([-1.0, 1.0]), np.full(length, -np.log(vocab), np.float32)  # as random weights say
+        out.append(r)
     return out
 
 
+class Stopwatch:
+    """Turns of named variants -> medians. `amount` per turn makes a rate of it."""
+
+    def __init__(self, repeats, rank):
+        self.repeats, self.rank, self.seconds = repeats, rank, {}
+
+    def turns(self, variants):
+        """{name: function}, in turns, after one untimed turn each for caches, allocators and compilers."""
+        for turn in tqdm(range(-1, self.repeats), desc=", ".join(variants)[:60], disable=None if self.rank == 0 else True):
+            for name, run in variants.items():
+                dist.barrier()
+                start = time.perf_counter()
+                run()
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                dist.barrier()
+                if turn >= 0:
+                    self.seconds.setdefault(name, []).append(time.perf_counter() - start)
+
+    def median(self, name):
+        return statistics.median(self.seconds[name])
+
+    def ratio(self, a, b):
+        """Median of a over median of b."""
+        return self.median(a) / self.median(b)
+
+
+# -------------------------------------------------------------------------------------------------------------------- trainer
+def micro_batches(rows, cfg, rank, world):
+    return [[rows[i] for i in mb] for mb in partition([packed_length(r) for r in rows], world, cfg.micro_batch_tokens)[rank]]
+
+
+def loss_of(rows):
+    """PPO-clip loss with a token mean over all of `rows`, for one of their micro-batches."""
+    n_tokens = sum(len(r.response_ids) for r in rows)
+
+    def loss_fn(mb, logp, entropy):
+        old = torch.from_numpy(np.concatenate([np.empty(0, np.float32), *(r.old_logp for r in mb)])).to(logp.device)
+        lengths = torch.tensor([len(r.response_ids) for r in mb], dtype=torch.long)
+        advantage = torch.tensor([r.advantage for r in mb]).repeat_interleave(lengths).to(logp.device)
+        return policy_loss(logp, old, advantage)[0].sum() / n_tokens
+
+    return loss_fn
+
+
+def padded_pack(rows, device, bucket=0):
+    """policy.pack, with every sequence padded to the longest: what a (n, longest) batch computes, to the same numbers."""
+    longest = max(map(packed_length, rows), default=1)
+    ids, pos, index, targets = [], [], [], []
+    for i, r in enumerate(rows):
+        seq = (r.prompt_ids + r.prefix_ids + r.response_ids)[:-1]
+        first = packed_length(r) - len(r.response_ids)
+        index += range(i * longest + first, i * longest + packed_length(r))
+        targets += r.response_ids
+        ids += seq + [0] * (longest - len(seq))
+        pos += range(longest)
+    if not rows:
+        return policy_module.pack(rows, device)
+    cu = torch.arange(0, len(ids) + 1, longest, dtype=torch.int32, device=device)
+    as_tensor = {"input_ids": [ids], "position_ids": [pos], "index": index, "targets": targets}
+    return {k: torch.tensor(v, device=device) for k, v in as_tensor.items()} | {"cu_seqlens": cu, "max_len": longest}
+
+
+def bench_update(b):
+    """The optimizer step: packed against padded, twice the tokens, twice the chunks."""
+    rows, cfg, policy = b.rows, b.cfg, b.policy
+    twice = rows + rollouts(len(rows), b.args.mean, b.args.longest, b.config.vocab_size, seed=0)  # the same lengths again
+    packing, chunk = policy_module.pack, policy.model.chunk
+    gradients = {}
+
+    def step(name, minibatch, pack=packing, chunk=chunk, budget=None):
+        mine = micro_batches(minibatch, cfg, b.rank, b.world)
+        if budget:  # padded sequences a micro-batch: as many as the budget holds
+            flat, k = sum(mine, []), max(1, cfg.micro_batch_tokens // max(map(packed_length, minibatch)))
+            mine = [flat[i : i + k] for i in range(0, len(flat), k)]
+            mine += [[]] * (max(gather([len(mine)])) - len(mine))
+
+        def run():
+            policy_module.pack, policy.model.chunk = pack, chunk
+            try:
+                gradients[name] = policy.update(mine, loss_of(minibatch), 1.0, 0.0, 0.0)[0]  # lr 0: the weights stay
+            finally:
+                policy_module.pack, policy.model.chunk = packing, b.cfg.head_chunk
+
+        return run
+
+    variants = {"update": step("update", rows), "update, twice the tokens": step("twice", twice),
+                "update, twice the chunks": step("chunks", rows, chunk=max(1, chunk // 2))}  # fmt: skip
+    if not cfg.compile:
+        variants["update, padded to the longest"] = step("padded", rows, padded_pack, budget=True)
+    b.clock.turns(variants)
+    b.row("update", b.tokens, "tokens/s", flops=3 * b.flops)
+    if not cfg.compile:
+        b.row("update, padded to the longest", b.tokens, "tokens/s")
+        b.note("update packed / padded, tokens/s", b.clock.ratio("update, padded to the longest", "update"))
+        b.note("gradient norm padded / packed - 1", gradients["padded"] / gradients["update"] - 1)
+    b.note("update, seconds for twice the tokens / once", b.clock.ratio("update, twice the tokens", "update"))
+    b.note("update, seconds for twice the chunks / once", b.clock.ratio("update, twice the chunks", "update"))
+    b.note("gradient norm twice the chunks / once - 1", gradients["chunks"] / gradients["update"] - 1)
+
+
+def bench_score(b):
+    """The log-prob pass over all rollouts, and over the branches alone (3 of 4, as reuse_entropy_logp leaves them)."""
+    branches = [r for i, r in enumerate(b.rows) if i % 4]
+    cuts = {name: micro_batches(rows, b.cfg, b.rank, b.world) for name, rows in (("all", b.rows), ("branches", branches))}
+    b.clock.turns({"log-prob pass": lambda: b.policy.score(cuts["all"], 1.0),
+                   "log-prob pass, reuse_entropy_logp": lambda: b.policy.score(cuts["branches"], 1.0)})  # fmt: skip
+    b.row("log-prob pass", b.tokens, "tokens/s", flops=b.flops)
+    ratio = b.clock.ratio("log-prob pass, reuse_entropy_logp", "log-prob pass")
+    b.note("log-prob pass, seconds with reuse_entropy_logp / without", ratio)
+
+
+def bench_sync(b):
+    """Full weights from the trainer into the engine."""
+    engine = next(iter(b.engines().values()))
+    engine.sleep()
+
+    def sync():
+        engine.sleep()
+        engine.wake()
+        engine.sync(b.policy.named_full())
+
+    name = f"sleep, wake, sync ({type(engine).__name__})"
+    b.clock.turns({name: sync})
+    b.note(f"{name}, seconds", b.clock.median(name))
+
+
+# ----------------------------------------------------------------------------------------------------------------------- head
+HEAD = """
+import json, sys, time, torch
+sys.path.insert(0, {root!r})
+from bench import head_once
+print(json.dumps(head_once(**json.loads(sys.argv[1]))))
+"""
+
+
+def head_once(kind, T, D, V, chunk, repeats):
+    """Log-prob, entropy and backward of one head, alone in this process -> median seconds, peak GiB above the inputs."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    hidden = torch.randn(T, D, device=device, dtype=dtype, requires_grad=True)
+    weight = torch.randn(V, D, device=device, dtype=dtype).div_(D**0.5).requires_grad_()
+    tokens = torch.randint(V, (T,), device=device)
+    before, seconds = peak_gib(device), []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        if kind == "chunked":
+            logp, entropy = logp_and_entropy(hidden, weight, tokens, 1.0, chunk)
+        else:
+            logq = (hidden @ weight.t()).float().log_softmax(-1)
+            logp = logq.gather(-1, tokens[:, None])[:, 0]
+            entropy = -(logq.exp() * logq).sum(-1)
+        (logp.sum() + entropy.detach().sum()).backward()
+        hidden.grad = weight.grad = None
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return {"seconds": statistics.median(seconds[1:] or seconds), "gib": peak_gib(device) - before}
+
+
+def peak_gib(device):
+    """The most memory so far: of the GPU, or of this process."""
+    return cure.peak_memory() if device.type == "cpu" else torch.cuda.max_memory_allocated() / 2**30
+
+
+def bench_head(b):
+    """Chunked against naive: seconds, and peak memory above inputs and weights; a process for each, in turns."""
+    if b.rank:
+        return
+    found = {"chunked": [], "naive": []}
+    for _ in tqdm(range(b.args.repeats), desc="head", disable=None):
+        for kind, seen in found.items():
+            job = {"kind": kind, "T": b.args.head_tokens, "D": b.config.hidden_size, "V": b.config.vocab_size,
+                   "chunk": b.cfg.head_chunk, "repeats": 3}  # fmt: skip
+            script = HEAD.format(root=cure.HERE)
+            p = subprocess.run([sys.executable, "-c", script, json.dumps(job)], capture_output=True, text=True, check=True)
+            seen.append(json.loads(p.stdout.splitlines()[-1]))
+    middle = {k: {x: statistics.median(s[x] for s in seen) for x in ("seconds", "gib")} for k, seen in found.items()}
+    for k, m in middle.items():
+        b.note(f"head {k}, {b.args.head_tokens} x {b.config.vocab_size}: seconds", m["seconds"])
+        b.note(f"head {k}, {b.args.head_tokens} x {b.config.vocab_size}: peak GiB", m["gib"])
+    b.note("head chunked / naive, seconds", middle["chunked"]["seconds"] / middle["naive"]["seconds"])
+    if middle["naive"]["gib"]:  # 0: less than the process had used before
+        b.note("head chunked / naive, peak memory", middle["chunked"]["gib"] / middle["naive"]["gib"])
+
+
+# ------------------------------------------------------------------------------------------------------------------- rollouts
+def bench_rollout(b):
+    """Round 1 samples n1 responses a prompt; round 2 branches n2 times off each at its middle, as CURE does: with vLLM's prefix
+    cache warm from round 1, with it cleared, and on the torch engine. Tokens/s of generated tokens and rank."""
+    cfg, rng = b.cfg, random.Random(1)
+    sampling = Sampling(cfg.max_response_tokens)
+    prompts = [[rng.randrange(2, 25) for _ in range(64)] for _ in range(cfg.prompts_per_step)]
+    if b.args.real:
+        tokenizer, _ = cure.load_tokenizer(cfg.model)
+        loaded, _ = data.load_prompts(cfg.data, tokenizer, cfg.template, cfg.max_prompt_tokens, limit=cfg.prompts_per_step)
+        prompts = [p.ids for p in loaded]
+    for engine in b.engines().values():
+        engine.sleep()
+        engine.wake()
+        engine.sync(b.policy.named_full())
+    speeds = {}
+
+    def generate(label, engine, contexts, n, *seed):
+        start = time.perf_counter()
+        out = engine.generate(contexts, n, sampling, [request_seed("bench", i, *seed) for i in range(len(contexts))])
+        spent = time.perf_counter() - start
+        speeds.setdefault(label, []).append(sum(len(c.ids) for cs in out for c in cs) / spent)
+        return out
+
+    for turn in tqdm(range(b.args.repeats), desc="rollout", disable=None if b.rank == 0 else True):
+        for name, engine in b.engines().items():
+            base = generate(f"{name} round 1", engine, prompts, cfg.n1, turn)
+            forks = [p + c.ids[: len(c.ids) // 2] for p, cs in zip(prompts, base, strict=True) for c in cs]
+            if name == "vllm":
+                generate("vllm round 2, prefix cache warm", engine, forks, cfg.n2, turn, "branch")
+                engine.llm.reset_prefix_cache()
+            label = f"{name} round 2" + (", prefix cache cleared" if name == "vllm" else "")
+            generate(label, engine, forks, cfg.n2, turn, "branch")
+    for label, values in speeds.items():
+        b.note(f"{label}, generated tokens/s", statistics.median(values))
+
+
+# --------------------------------------------------------------------------------------------------------------- the small ones
+def bench_verifier(b):
+    """16,384 ordinary rows, as many as a step of 512 prompts has, and twice that."""
+    rng, pool = random.Random(0), VerifierPool()
+    filler = "We add the two numbers and simplify the result step by step. " * 40
+    answers = [(rng.randrange(1000), rng.randrange(1000)) for _ in range(16384)]
+    rows = {
+        "dapo": [(f"{filler}\nAnswer: {a}", str(g)) for a, g in answers],
+        "boxed": [(f"{filler} \\boxed{{{a}}}", str(g)) for a, g in answers],
+    }
+    b.clock.turns({f"verifier {k}": lambda k=k, v=v: pool.score_all(v, k) for k, v in rows.items()})
+    for k in rows:
+        b.note(f"verifier {k}, seconds for 16384 rows of 2,500 characters", b.clock.median(f"verifier {k}"))
+
+
+def bench_balance(b):
+    """Tokens of the fullest rank over the mean, 512 rollouts in one minibatch."""
+    lengths = [packed_length(r) for r in rollouts(512, b.args.mean, b.args.longest, 1000)]
+    for world in (2, 8):
+        loads = [sum(lengths[i] for mb in rank for i in mb) for rank in partition(lengths, world, b.cfg.micro_batch_tokens)]
+        b.note(f"balance of {world} ranks, most / mean tokens, 512 rollouts", max(loads) / statistics.mean(loads))
+
+
+class Bench:
+    """What the parts share, and the lines they leave."""
+
+    def __init__(self, args, cfg, config, path, rank, world, device):
+        self.args, self.cfg, self.config, self.path = args, cfg, config, path
+        self.rank, self.world, self.device = rank, world, device
+        self.clock, self.notes, self._engines = Stopwatch(args.repeats, rank), {}, None
+        self.rows = rollouts(args.rollouts, args.mean, args.longest, config.vocab_size)
+        lengths = [packed_length(r) for r in self.rows]
+        self.tokens = sum(lengths)
+        self.flops = forward_flops(config, lengths, sum(len(r.response_ids) for r in self.rows))
+
+    @property
+    def policy(self):
+        if not hasattr(self, "_policy"):
+            self._policy = Policy(self.cfg, self.path, self.device)
+        return self._policy
+
+    def engines(self):
+        """The engines that can run here, vLLM first."""
+        if self._engines is None:
+            dtype, longest = compute_dtype(self.cfg, self.device), self.cfg.max_prompt_tokens + self.cfg.max_response_tokens
+            self._engines = {}
+            try:
+                self._engines["vllm"] = VLLMEngine(self.cfg, self.path, self.device, dtype, {0}, longest, 0.4)
+            except ValueError as e:
+                self.print(e)
+            if self.device.type == "cpu" or not self._engines:
+                self._engines["torch"] = TorchEngine(self.cfg, self.path, self.device, dtype, {0})
+        return self._engines
+
+    def print(self, *text):
+        if self.rank == 0:
+            print(*text, file=sys.stderr)
+
+    def row(self, name, amount, unit, flops=0):
+        seconds = self.clock.median(name)
+        self.note(f"{name}, {unit}", amount / seconds)
+        if flops:
+            self.note(f"{name}, TFLOP/s and rank", flops / seconds / self.world / 1e12)
+            if peak := peak_flops():
+                self.note(f"{name}, MFU", flops / seconds / self.world / peak)
+
+    def note(self, name, value):
+        self.notes[name] = float(f"{value:.4g}")
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(prog="bench.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--shape", default="135m", help=f"{', '.join(SHAPES)}, toy, or a folder with a config.json")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rollouts", type=int, default=16)
+    parser.add_argument("--mean", type=float, default=200, help="tokens of a response")
+    parser.add_argument("--longest", type=int, default=1000)
+    parser.add_argument("--head-tokens", type=int, default=4096)
+    args, rest = parser.parse_known_args(argv)
+    if unknown := set(args.only.split(",")) - set(PARTS):
+        parser.error(f"--only: {', '.join(sorted(unknown))}: the parts are {', '.join(PARTS)}")
+    args.real = any(o.startswith("model=") for o in rest)
+    small = ["n1=2", "n2=3", "prompts_per_step=4", "prompts_per_minibatch=4", "max_prompt_tokens=256", "max_response_tokens=64",
+             "micro_batch_tokens=4096"]  # fmt: skip
+    (_, cfg), *_ = load_config([*([] if args.real else small), *rest])
+    rank, world, device = init_distributed()
+    with tempfile.TemporaryDirectory() as tmp:
+        path = cfg.model if args.real else gather([tmp])[0]
+        config = cure.load_hf_config(path) if args.real else shape_config(args.shape)
+        if not args.real and rank == 0:
+            random_model(config, path)
+        dist.barrier()
+        b = Bench(args, cfg, config, path, rank, world, device)
+        parts = args.only.split(",")
+        if {"rollout", "sync"} & set(parts):
+            b.engines()  # vLLM measures free memory: before the trainer's model
+        for part in parts:
+            globals()[f"bench_{part}"](b)
+        dist.barrier()
+    if rank == 0:
+        width = max(map(len, b.notes), default=0)
+        for name, value in b.notes.items():
+            print(f"{name:{width}s}  {value:>12,.4g}")
+        meta = {"shape": path if args.real else args.shape, "ranks": world, "threads": torch.get_num_threads(),
+                "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", "torch": torch.__version__,
+                "rollouts": args.rollouts, "tokens": b.tokens, "longest": max(map(packed_length, b.rows)),
+                "micro_batch_tokens": cfg.micro_batch_tokens, "repeats": args.repeats}  # fmt: skip
+        print(json.dumps(meta | b.notes))
+
+
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))
