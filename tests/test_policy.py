@@ -495,6 +495,28 @@ def test_a_folder_without_a_model_is_a_value_error_naming_the_key(cpu, tmp_path)
     assert "\n" not in str(caught.value)
 
 
+class Bomb:
+    """Unpickling it writes a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+def test_pickled_weights_are_refused_unread_naming_the_key(sharp, cpu, tmp_path, name):
+    folder, canary = tmp_path / "model", tmp_path / "canary"
+    shutil.copytree(sharp, folder)
+    (folder / "model.safetensors").unlink()
+    torch.save({"weights": Bomb(canary)}, folder / name)                  # under either name: what counts is what is in it
+    with pytest.raises(ValueError, match="^model: cannot load") as caught:
+        make(str(folder))
+    print(f"{name}: {caught.value}")
+    assert "\n" not in str(caught.value) and not canary.exists()
+
+
 def test_sliding_window_attention_is_refused_because_the_packed_forward_has_none(sharp, cpu, tmp_path):
     shutil.copytree(sharp, tmp_path, dirs_exist_ok=True)
     config_json = json.loads((tmp_path / "config.json").read_text())
