@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import cure
 from config import Config
 from loss import group_advantages, policy_loss, token_weights
-from policy import Policy, bins, compute_dtype, engine_share, pack, packed_length, partition
+from policy import Policy, bins, compute_dtype, engine_share, load_lm, pack, packed_length, partition
 from rollout import Rollout, gather
 
 BUDGET = 4096
@@ -322,6 +322,66 @@ def test_loss_denominator_counts_neither_prompt_nor_padding_nor_the_ranks_share(
         assert sum(total).item() == pytest.approx(-1, abs=1e-6)
 
 
+def masked_gradients(policy, rows, **kwargs):
+    """Gradients of cure's own minibatch loss with these settings: ({name: gradient}, micro-batches)."""
+    cfg = config(micro_batch_tokens=128, **kwargs)
+    plan = partition([packed_length(r) for r in rows], 1, cfg.micro_batch_tokens)
+    run = SimpleNamespace(policy=policy, rank=0, world=1)
+    loss_fn = cure.minibatch_loss(run, cfg, rows, plan, (0,), {"gap": 0.0})
+    return gradients(policy, [[rows[i] for i in mb] for mb in plan[0]], loss_fn)[0], len(plan[0])
+
+
+@pytest.fixture
+def masked_rows(policy):
+    rows = prepared(policy, ragged(12, 5, policy.config.vocab_size, per_group=4))
+    for r, (_, entropy) in zip(rows, policy.score_local(rows, 1.0), strict=True):
+        r.entropy = entropy
+    return rows
+
+
+@pytest.mark.parametrize("rho", [1.0, 1 - 1e-9])        # the second goes through the mask, which then keeps every token
+def test_a_mask_that_keeps_all_tokens_is_plain_dapo_bit_for_bit(policy, masked_rows, rho):
+    mbs = cut(masked_rows, 128)[0]
+    plain, _ = gradients(policy, mbs, token_mean(masked_rows))            # written here, without any mask
+    for side, scope, norm in itertools.product(("top", "bottom", "random"), ("mini", "micro"), ("kept", "all")):
+        ours, n = masked_gradients(policy, masked_rows, entropy_mask_rho=rho, entropy_mask_side=side, entropy_mask_scope=scope,
+                                   entropy_mask_norm=norm)  # fmt: skip
+        assert n == len(mbs) > 1 and same(ours, plain), (side, scope, norm)
+    print(f"rho {rho}: 12 kinds of mask, every gradient equal bit for bit over {n} micro-batches")
+
+
+@pytest.mark.parametrize("scope", ["mini", "micro"])
+def test_norm_all_is_k_of_n_times_norm_kept_in_every_gradient(policy, masked_rows, scope):
+    kept, of_all = (masked_gradients(policy, masked_rows, entropy_mask_rho=0.2, entropy_mask_scope=scope, entropy_mask_norm=norm)
+                    [0] for norm in ("kept", "all"))  # fmt: skip
+    sizes = [sum(len(r.response_ids) for r in mb) for mb in cut(masked_rows, 128)[0]]
+    n = sum(sizes)
+    k = -(-n // 5) if scope == "mini" else sum(-(-x // 5) for x in sizes)
+    gap = worst(of_all, {name: g * (k / n) for name, g in kept.items()})
+    print(f"{scope}: k/n = {k}/{n}, norm all against k/n of norm kept: {gap:.1e}")
+    assert gap <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("kept", "per_step", "sizes"),
+    [(9, 4, [3, 3, 3]), (5, 4, [3, 2]), (8, 4, [4, 4]), (7, 3, [3, 2, 2]), (3, 4, [3]), (33, 32, [17, 16]), (0, 4, [])],
+)  # fmt: skip
+def test_left_over_groups_are_spread_and_never_get_a_step_of_their_own(fresh, kept, per_step, sizes):
+    rows = ragged(2 * kept, 7, 25, per_group=2, response=(1, 8))
+    for i, r in enumerate(rows):
+        r.group = 3 * r.group + 1                       # the draw had groups in between, which were not kept
+        r.reward = [0.5, -1.0][i % 2]                   # right, but half way into the overlong buffer: what advantages are of
+        r.correct = r.reward > 0
+    plan = cure.prepare(SimpleNamespace(policy=fresh, rank=0, world=1), config(prompts_per_minibatch=per_step), rows, {})
+    groups = [sorted({rows[i].group for rank in mini for mb in rank for i in mb}) for mini in plan]
+    print(f"{kept} kept groups, {per_step} a step: {[len(g) for g in groups]}")
+    assert [len(g) for g in groups] == sizes and sum(groups, []) == sorted({r.group for r in rows})       # in data order
+    members = sorted(i for mini in plan for rank in mini for mb in rank for i in mb)
+    assert members == list(range(len(rows))), "every rollout once, groups whole"
+    assert all(r.advantage == pytest.approx(0.70711 if r.correct else -0.70711, abs=1e-5) for r in rows)
+    assert all(len(r.old_logp) == len(r.entropy) == len(r.response_ids) for r in rows)
+
+
 # -------------------------------------------------------------------------------------------------------- the optimizer step
 def test_first_step_moves_every_parameter_by_about_lr(fresh):
     rows, before = prepared(fresh, ragged(8, 5, 25, per_group=4)), weights(fresh)
@@ -493,6 +553,37 @@ def test_a_folder_without_a_model_is_a_value_error_naming_the_key(cpu, tmp_path)
     with pytest.raises(ValueError, match="^model: cannot load") as caught:
         make(str(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+EVIL = """
+import pathlib
+pathlib.Path({canary!r}).write_text("executed")
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+class Config(Qwen2Config): model_type = {model_type!r}
+class Model(Qwen2ForCausalLM): config_class = Config
+class Tokenizer(Qwen2Tokenizer): pass
+"""
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "nobodys"])
+def test_code_in_a_model_folder_is_never_executed(sharp, cpu, tmp_path, model_type):
+    folder, canary = tmp_path / "model", tmp_path / "canary"
+    shutil.copytree(sharp, folder)
+    (folder / "evil.py").write_text(EVIL.format(canary=str(canary), model_type=model_type))
+    auto_map = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model", "AutoTokenizer": ["evil.Tokenizer", None]}
+    for name, more in (("config.json", {"model_type": model_type}), ("tokenizer_config.json", {"tokenizer_class": "Tokenizer"})):
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(content | more | {"auto_map": auto_map}))
+    loaded = []
+    for load in (cure.load_tokenizer, cure.load_hf_config, lambda f: load_lm(f, torch.float32, "packed"),
+                 lambda f: engine_share(config(), cure.load_hf_config(f), 1, 80 * GIB)):
+        try:
+            loaded.append(load(str(folder)))
+        except ValueError as e:                         # refused is as good as loaded without it
+            assert str(e).startswith("model: ") and "\n" not in str(e)
+    print(f"model type {model_type}: {len(loaded)} of 4 loaders load the folder, none runs its code")
+    assert not canary.exists() and len(loaded) >= (3 if model_type == "qwen2" else 0)
+    assert all(type(x).__module__.startswith(("transformers.", "builtins")) for x in loaded)
 
 
 class Bomb:
