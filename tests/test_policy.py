@@ -367,23 +367,38 @@ def test_norm_all_is_k_of_n_times_norm_kept_in_every_gradient(policy, masked_row
     assert gap <= 1e-5
 
 
+def test_an_empty_micro_batch_adds_nothing_to_cures_loss_and_no_nan(policy, masked_rows):
+    run, rows, tried = SimpleNamespace(policy=policy, rank=0, world=1), masked_rows[:4], 0
+    masks = {}, {"entropy_mask_rho": 0.3}, {"entropy_mask_rho": 0.3, "entropy_mask_scope": "micro"}
+    for agg, mask, norm in itertools.product(("token", "sequence", "micro"), masks, ("kept", "all")):
+        cfg, found = config(agg=agg, tis_cap=2.0, entropy_mask_norm=norm, **mask), []
+        for plan in ([[[0, 1, 2, 3]]], [[[], [0, 1, 2, 3], []]]):
+            sums = {"gap": 0.0}
+            loss_fn = cure.minibatch_loss(run, cfg, rows, plan, (0,), sums)
+            found.append(gradients(policy, [[rows[i] for i in mb] for mb in plan[0]], loss_fn)[0])
+            assert all(np.isfinite(v) for v in sums.values()), sums
+        assert same(*found) and all(g.isfinite().all() for g in found[0].values()), cfg
+        tried += 1
+    print(f"{tried} settings: gradients with and without two empty micro-batches are equal bit for bit, and finite")
+
+
 @pytest.mark.parametrize(
     ("kept", "per_step", "sizes"),
     [(9, 4, [3, 3, 3]), (5, 4, [3, 2]), (8, 4, [4, 4]), (7, 3, [3, 2, 2]), (3, 4, [3]), (33, 32, [17, 16]), (0, 4, [])],
 )  # fmt: skip
 def test_left_over_groups_are_spread_and_never_get_a_step_of_their_own(fresh, kept, per_step, sizes):
-    rows = ragged(2 * kept, 7, 25, per_group=2, response=(1, 8))
+    rows = ragged(3 * kept, 7, 25, per_group=3, response=(1, 8))
     for i, r in enumerate(rows):
         r.group = 3 * r.group + 1                       # the draw had groups in between, which were not kept
-        r.reward = [0.5, -1.0][i % 2]                   # right, but half way into the overlong buffer: what advantages are of
-        r.correct = r.reward > 0
+        r.reward, r.correct = [(1.0, True), (0.5, True), (-1.0, False)][i % 3]   # the second is right, but over-long
     plan = cure.prepare(SimpleNamespace(policy=fresh, rank=0, world=1), config(prompts_per_minibatch=per_step), rows, {})
     groups = [sorted({rows[i].group for rank in mini for mb in rank for i in mb}) for mini in plan]
     print(f"{kept} kept groups, {per_step} a step: {[len(g) for g in groups]}")
     assert [len(g) for g in groups] == sizes and sum(groups, []) == sorted({r.group for r in rows})       # in data order
     members = sorted(i for mini in plan for rank in mini for mb in rank for i in mb)
     assert members == list(range(len(rows))), "every rollout once, groups whole"
-    assert all(r.advantage == pytest.approx(0.70711 if r.correct else -0.70711, abs=1e-5) for r in rows)
+    shaped = [0.80064, 0.32026, -1.12090]               # (1, 0.5, -1) - 1/6, over 1.04083: of the reward, not the accuracy
+    assert [r.advantage for r in rows] == pytest.approx(shaped * kept, abs=1e-5)
     assert all(len(r.old_logp) == len(r.entropy) == len(r.response_ids) for r in rows)
 
 
