@@ -687,9 +687,15 @@ def rank_job(rank, world, device, source, out):
     def broken(r, logp, entropy):
         return loss_fn(r, logp, entropy) * (float("nan") if rank == world - 1 else 1.0)
 
-    norm, taken = policy.update(plan, broken, 1.0, 1e-3, 1.0)
-    found["nan"] = {"taken": gather([taken]), "finite": gather([bool(np.isfinite(norm))]),
-                    "same": gather([same(before, weights(policy))]), "adam": gather([policy.adam_step])}  # fmt: skip
+    # the loss is so on one rank, which reaches all shards; or the gradient is so in one rank's shard, which the others never see
+    for where, fn in (("loss", broken), ("shard", loss_fn)):
+        if where == "shard":
+            for p in policy.model.parameters():
+                p.grad = torch.zeros_like(p)
+            next(policy.model.parameters()).grad.to_local().fill_(float("nan") if rank == world - 1 else 0.0)
+        norm, taken = policy.update(plan, fn, 1.0, 1e-3, 1.0)
+        found[f"nan in a {where}"] = {"taken": gather([taken]), "finite": gather([bool(np.isfinite(norm))]),
+                                      "same": gather([same(before, weights(policy))]), "adam": gather([policy.adam_step])}
     # and a good one after it, from which the same weights follow as on one rank
     norm, taken = policy.update(plan, loss_fn, 1.0, 1e-3, 1.0)
     found["after"] = {"taken": gather([taken]), "weights": weights(policy)}
@@ -738,11 +744,12 @@ def test_ranks_may_bring_different_numbers_of_micro_batches_to_a_scoring_pass(ra
     assert all(np.abs(a.numpy() - b).max() <= 1e-5 for a, b in zip(ranks[world]["policy"]["uneven"], exact, strict=True))
 
 
+@pytest.mark.parametrize("where", ["loss", "shard"])
 @pytest.mark.parametrize("world", [2, 3])
-def test_nan_gradient_on_one_rank_makes_every_rank_skip_the_step_bit_for_bit(ranks, world):
-    print(f"{world} ranks: {ranks[world]['policy']['nan']}")
-    assert ranks[world]["policy"]["nan"] == {"taken": [False] * world, "finite": [False] * world, "same": [True] * world,
-                                   "adam": [0] * world}  # fmt: skip
+def test_nan_gradient_on_one_rank_makes_every_rank_skip_the_step_bit_for_bit(ranks, world, where):
+    found = ranks[world]["policy"][f"nan in a {where}"]
+    print(f"{world} ranks, NaN in the {where} of one: {found}")
+    assert found == {"taken": [False] * world, "finite": [False] * world, "same": [True] * world, "adam": [0] * world}
 
 
 @pytest.mark.parametrize("world", [2, 3])
