@@ -4,6 +4,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from conftest import largest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -66,7 +67,7 @@ def test_logp_and_entropy_agree_with_float64(scale, temperature):
     gaps = (logp - logp64).abs().max().item(), (entropy - entropy64).abs().max().item()
     print(f"scale {scale} T {temperature}: logp off by {gaps[0]:.1e}, entropy by {gaps[1]:.1e}")
     assert logp.dtype == entropy.dtype == torch.float32
-    assert max(gaps) <= 2e-5
+    assert largest(gaps) <= 2e-5
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -79,7 +80,7 @@ def test_gradients_agree_with_float64(through, temperature):
     exact = head_gradients(head64, hidden.double(), weight.double(), tokens, g_logp, g_entropy, temperature=temperature)
     gaps = [relative(a, b) for a, b in zip(ours, exact, strict=True)]
     print(f"gradient through {through}, T {temperature}: hidden {gaps[0]:.1e}, weight {gaps[1]:.1e}")
-    assert max(gaps) <= 2e-6
+    assert largest(gaps) <= 2e-6
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 196, 197, 198, 1024])
@@ -90,7 +91,7 @@ def test_chunk_size_changes_nothing_but_rounding(chunk):
     for a, b in zip(cut, whole, strict=True):
         assert (a - b).abs().max() <= 1e-5
     whole, cut = (head_gradients(logp_and_entropy, hidden, weight, tokens, g, g, chunk=c) for c in (T, chunk))
-    assert max(relative(a, b) for a, b in zip(cut, whole, strict=True)) <= 2e-6
+    assert largest(relative(a, b) for a, b in zip(cut, whole, strict=True)) <= 2e-6
 
 
 def test_no_tensor_of_tokens_times_vocabulary_ever_exists():
@@ -115,7 +116,7 @@ def test_uniform_logits_have_entropy_ln_v():
     logp, entropy = logp_and_entropy(hidden, weight, tokens)
     gaps = (entropy - math.log(V)).abs().max().item(), (logp + math.log(V)).abs().max().item()
     print(f"uniform over {V}: entropy off from ln V by {gaps[0]:.1e}, logp by {gaps[1]:.1e}")
-    assert max(gaps) <= 2e-6
+    assert largest(gaps) <= 2e-6
 
 
 def test_one_hot_distribution_has_entropy_zero():
@@ -137,7 +138,7 @@ def test_minus_infinity_logit_counts_for_nothing():
     logp64, entropy64 = head64(torch.ones(2, 1), rest, torch.tensor([0, 7]))
     gaps = (logp - logp64).abs().max().item(), (entropy - entropy64).abs().max().item()
     print(f"beside a -inf logit: logp off by {gaps[0]:.1e}, entropy by {gaps[1]:.1e}")
-    assert max(gaps) <= 1e-6
+    assert largest(gaps) <= 1e-6
     assert logp_and_entropy(torch.ones(1, 1), weight, torch.tensor([4]))[0].item() == -torch.inf
 
 
@@ -165,7 +166,7 @@ def test_bf16_inputs_give_fp32_numbers_exact_to_fp32():
     logp, entropy = logp_and_entropy(hidden, weight, tokens)
     logp64, entropy64 = head64(hidden, weight, tokens)
     assert logp.dtype == entropy.dtype == torch.float32
-    gap = max((logp - logp64).abs().max().item(), (entropy - entropy64).abs().max().item())
+    gap = largest((logp - logp64).abs().max().item(), (entropy - entropy64).abs().max().item())
     rounded = (hidden @ weight.t()).float().log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
     print(f"bf16 inputs: fp32 logits off by {gap:.1e}, bf16 logits would be by {(rounded - logp64).abs().max():.1e}")
     assert gap <= 2e-5 < 1e-2 < (rounded - logp64).abs().max()
@@ -177,7 +178,7 @@ def test_bf16_gradients_come_back_in_bf16_and_close():
     ours = head_gradients(logp_and_entropy, hidden, weight, tokens, g, None, chunk=64)
     exact = head_gradients(head64, hidden.double(), weight.double(), tokens, g, None)
     assert all(x.dtype == torch.bfloat16 for x in ours)
-    assert max(relative(a, b) for a, b in zip(ours, exact, strict=True)) <= 1e-2
+    assert largest(relative(a, b) for a, b in zip(ours, exact, strict=True)) <= 1e-2
 
 
 def test_temperature_divides_the_logits():

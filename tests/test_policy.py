@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ragged
+from conftest import largest, ragged
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -97,7 +97,7 @@ def cut(rollouts, budget=BUDGET, world=1):
 def worst(ours, exact):
     """The largest ‖g - g'‖ / ‖g'‖ of any parameter tensor."""
     assert ours.keys() == exact.keys()
-    return max(((ours[n].double() - g.double()).norm() / g.double().norm()).item() for n, g in exact.items())
+    return largest(((ours[n].double() - g.double()).norm() / g.double().norm()).item() for n, g in exact.items())
 
 
 def weights(policy):
@@ -150,7 +150,7 @@ def test_packed_logp_and_entropy_equal_a_plain_forward_one_by_one(policy, temper
         with torch.no_grad():
             exact = plain_logp(model, r, temperature)
         assert all(x.dtype == np.float32 and x.shape == (len(r.response_ids),) for x in ours)
-        gap = max(gap, *(np.abs(a - b.numpy()).max() for a, b in zip(ours, exact, strict=True)))
+        gap = largest(gap, *(np.abs(a - b.numpy()).max() for a, b in zip(ours, exact, strict=True)))
     print(f"packed against plain forward: {gap:.1e}")
     assert gap <= 2e-5
 
@@ -190,7 +190,7 @@ def test_micro_batch_budget_does_not_change_the_gradient(policy):
     assert sizes[0] > sizes[1] > sizes[2] == 1, sizes
     gaps = [worst(g, grads[2]) for g in grads[:2]]
     print(f"micro-batches {sizes}: {gaps[0]:.1e} {gaps[1]:.1e}")
-    assert max(gaps) <= 1e-5
+    assert largest(gaps) <= 1e-5
 
 
 def test_activation_checkpointing_and_head_chunk_do_not_change_the_gradient(odd, cpu):
@@ -225,7 +225,7 @@ def test_a_neighbours_tokens_do_not_change_one_bit(policy):
     a, b, c = Rollout([2, 3, 4], [], [5, 6, 7, 8]), Rollout([4] * 5, [], [3] * 6), Rollout([2, 9], [], [4, 4])
     other = Rollout([v - 1] * 5, [], [v - 2] * 6)
     before, after = policy.score([[a, b, c]], 1.0), policy.score([[a, other, c]], 1.0)
-    gap = max(np.abs(x - y).max() for i in (0, 2) for x, y in zip(before[i], after[i], strict=True))
+    gap = largest(np.abs(x - y).max() for i in (0, 2) for x, y in zip(before[i], after[i], strict=True))
     print(f"before and after a changed neighbour: {gap:.1e}, the neighbour itself {np.abs(before[1][0] - after[1][0]).max():.1e}")
     for i in (0, 2):                                    # the one before it and the one after it
         assert all(np.array_equal(x, y) for x, y in zip(before[i], after[i], strict=True))
@@ -238,7 +238,7 @@ def test_a_neighbour_of_another_length_changes_rounding_only(policy):
     alone, gap = policy.score([[a]], 1.0)[0], 0.0
     for mb in ([a, b, c], [a, longer, c], [longer, a], [c, longer, a]):
         at = next(i for i, r in enumerate(mb) if r is a)
-        gap = max(gap, *(np.abs(x - y).max() for x, y in zip(policy.score([mb], 1.0)[at], alone, strict=True)))
+        gap = largest(gap, *(np.abs(x - y).max() for x, y in zip(policy.score([mb], 1.0)[at], alone, strict=True)))
     print(f"neighbour of another length: {gap:.1e}")
     assert gap <= 1e-5
 
@@ -545,7 +545,7 @@ def test_bf16_compute_keeps_fp32_masters_and_fp32_scores(sharp, cpu):
     gap = 0.0
     for a, b in zip(p.score_local(rows, 1.0), full.score_local(rows, 1.0), strict=True):
         assert a[0].dtype == a[1].dtype == np.float32
-        gap = max(gap, np.abs(a[0] - b[0]).mean())
+        gap = largest(gap, np.abs(a[0] - b[0]).mean())
     assert 1e-5 < gap < 0.2
     before = weights(p)
     p.update(cut(rows)[0], token_mean(rows), 1.0, 1e-6, 1.0)              # far below bf16's resolution
@@ -718,13 +718,13 @@ def test_gradient_is_rank_invariant_on_ragged_lengths_and_uneven_groups(ranks, a
     steps, _, old = alone[variant]
     found = ranks[world]["policy"][variant]
     assert len(found["grads"]) == len(steps) == 3
-    gap = max(worst(g, exact) for g, (exact, _) in zip(found["grads"], steps, strict=True))
+    gap = largest(worst(g, exact) for g, (exact, _) in zip(found["grads"], steps, strict=True))
     print(f"{world} ranks against 1, {variant}: {gap:.1e}")
     assert gap <= 1e-5
     for norms in found["norms"]:
         assert norms == found["norms"][0] and norms == pytest.approx([n for _, n in steps], rel=1e-6)
     assert all(len(set(mini)) == 1 for mini in found["counts"])           # equally many forwards on every rank
-    assert max((a - b).abs().max() for a, b in zip(found["old"], map(torch.from_numpy, old), strict=True)) <= 1e-5
+    assert largest((a - b).abs().max() for a, b in zip(found["old"], map(torch.from_numpy, old), strict=True)) <= 1e-5
 
 
 @pytest.mark.parametrize("world", [2, 3])
