@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.attention.varlen import varlen_attn
@@ -142,11 +143,15 @@ def partition(lengths, world, budget):
 def load_lm(path, dtype, attention):
     """A causal LM from an HF folder or hub id, safetensors only, no remote code; ValueError names `model`."""
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=attention, use_safetensors=True, trust_remote_code=False
-        )
-    except (OSError, ValueError) as e:
+        lm, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=attention, use_safetensors=True, trust_remote_code=False,
+            output_loading_info=True,
+        )  # fmt: skip
+    except (OSError, ValueError, SafetensorError) as e:  # the last: a torn file, or one that is something else
         raise ValueError(f"model: cannot load {path!r}: {str(e).splitlines()[0]}") from e
+    if missing := sorted(info["missing_keys"]):  # transformers makes up random ones, and only warns
+        raise ValueError(f"model: {path!r} lacks {len(missing)} tensors, {missing[0]} for one")
+    return lm
 
 
 class PackedLM(torch.nn.Module):

@@ -83,6 +83,11 @@ def cpu():
     return device
 
 
+def largest(*numbers):
+    """max() of numbers, or of one iterable of them, that does not lose a NaN: max(0.0, nan) is 0.0, and a test would pass."""
+    return float(np.max([float(x) for x in (numbers if len(numbers) > 1 else numbers[0])]))
+
+
 def ragged(n, seed, vocab, per_group=1, prompt=(2, 12), prefix=(0, 6), response=(1, 40)):
     """n rollouts of random ids and very different lengths, every second one with a prefix, `per_group` in a group."""
     from rollout import Rollout

@@ -1,5 +1,6 @@
 """Whole runs of cure.py at the smallest size: a model that knows the format of an answer and guesses its value."""
 
+import ast
 import importlib.util
 import json
 import os
@@ -11,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, lines, numbers, train_lines
+from conftest import ROOT, largest, lines, numbers, train_lines
 from safetensors.torch import load_file
 
 import cure
@@ -64,6 +65,21 @@ def test_samples_are_the_rollouts_that_were_trained_on(whole):
                     assert r["t_star"] in parent["candidates"] or (r["t_star"] == 0 and not parent["candidates"])
 
 
+def test_logged_entropy_is_the_token_mean_over_base_rollouts_and_not_minus_their_log_probs(whole):
+    rows, gaps, apart = lines(whole / "samples.jsonl"), [], []
+    for m in train_lines(whole):
+        base = [r for r in rows if r["step"] == m["step"] and r["parent"] < 0]
+        h, logp = (np.concatenate([r[k] for r in base]) for k in ("entropy", "logp"))
+        gaps.append(abs(m["actor/entropy"] - h.mean()))
+        apart.append(abs(m["actor/entropy"] + logp.mean()))
+        branches = [r["entropy"] for r in rows if r["step"] == m["step"] and r["parent"] >= 0]
+        assert bool(branches) == ("branch/entropy_branch" in m) == (m["stage"] == "stage1")
+        if branches:
+            gaps.append(abs(m["branch/entropy_branch"] - np.concatenate(branches).mean()))
+    print(f"actor/entropy off by {largest(gaps):.1e} from the samples' entropies, by {min(apart):.1e} or more from -mean logp")
+    assert largest(gaps) <= 1e-5 < 1e-4 < min(apart)        # samples.jsonl has five decimals
+
+
 def test_checkpoints_open_in_transformers_with_the_weights_of_the_state(whole):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -83,6 +99,7 @@ def test_the_first_optimizer_step_moves_the_weights(config, tiny, tmp_path):
     cure.main(["--config", config, f"out_dir={tmp_path}", "max_steps=1", "eval_data=", "prompts_per_minibatch=4"])
     a, b = (AutoModelForCausalLM.from_pretrained(f) for f in (tiny[0], tmp_path / "ckpt/step_000001/hf"))
     moved = [(p - q).abs().max().item() for p, q in zip(a.parameters(), b.parameters(), strict=True)]
+    print(f"{len(moved)} tensors moved, by {min(moved):.1e} to {max(moved):.1e}")
     assert min(moved) > 0, "warmup must not give the first step lr 0"
     assert train_lines(tmp_path)[0]["actor/lr"] == pytest.approx(5e-4)
 
@@ -183,6 +200,7 @@ def test_entropy_mask_identities(config, tmp_path):
     rows = lines(tmp_path / "kept/samples.jsonl")
     n = sum(len(r["response_ids"]) for r in rows)
     k = -(-n // 5)
+    print(f"k/n {k}/{n} = {k / n:.6f}, norm all / norm kept = {share['actor/grad_norm'] / kept['actor/grad_norm']:.6f}")
     assert share["actor/grad_norm"] == pytest.approx(k / n * kept["actor/grad_norm"], rel=1e-4)
     assert kept["actor/grad_norm"] != pytest.approx(plain["actor/grad_norm"], rel=1e-2)
 
@@ -221,6 +239,61 @@ def test_a_skipped_sync_stops_the_run_at_the_next_step(config, tmp_path, monkeyp
     torch.distributed.destroy_process_group()
 
 
+@pytest.fixture
+def spoil(monkeypatch):
+    """spoil(n): the first n minibatches of the run have a NaN in their loss (n = inf: all), so their gradients are NaN."""
+    inner, seen = cure.minibatch_loss, []
+
+    def install(n):
+        def minibatch_loss(*args):
+            seen.append(1)
+            loss_fn, bad = inner(*args), len(seen) <= n
+            return lambda *batch: loss_fn(*batch) * (float("nan") if bad else 1.0)
+
+        monkeypatch.setattr(cure, "minibatch_loss", minibatch_loss)
+        return seen
+
+    return install
+
+
+def test_a_gradient_that_is_not_finite_skips_the_step_and_is_counted(config, tiny, tmp_path, spoil):
+    spoil(2)
+    argv = ["--config", config, f"out_dir={tmp_path}", "eval_data=", "prompts_per_minibatch=4", "save_every=1", "keep_hf=true"]
+    cure.main([*argv, "max_steps=3"])
+    m = train_lines(tmp_path)
+    skipped = [x["train/skipped_steps"] for x in m]
+    print(f"train/skipped_steps {skipped}, optimizer steps {[x['opt_step'] for x in m]}")
+    assert skipped == [1, 1, 0] and [x["opt_step"] for x in m] == [0, 0, 1]
+    assert [x["actor/grad_norm"] is None for x in m] == [True, True, False]
+    start, after = load_file(f"{tiny[0]}/model.safetensors"), [
+        load_file(tmp_path / f"ckpt/step_00000{i}/hf/model.safetensors") for i in (1, 2, 3)]  # fmt: skip
+    unchanged = [all(torch.equal(w, start[k]) for k, w in x.items()) for x in after]
+    assert unchanged == [True, True, False], "bit for bit"
+    assert read_meta(tmp_path, 2)["skipped_in_a_row"] == 2 and read_meta(tmp_path, 3)["skipped_in_a_row"] == 0
+
+
+def read_meta(out, step):
+    return json.loads((out / f"ckpt/step_00000{step}/meta.json").read_text())
+
+
+def test_the_third_gradient_in_a_row_that_is_not_finite_ends_the_run(config, tmp_path, spoil):
+    seen = spoil(float("inf"))
+    with pytest.raises(RuntimeError, match="three gradients in a row are not finite: lower lr"):
+        cure.main(["--config", config, f"out_dir={tmp_path}", "eval_data=", "prompts_per_minibatch=4"])
+    print(f"{len(seen)} minibatches tried, {len(train_lines(tmp_path))} steps logged")
+    assert len(seen) == 3 and [m["train/skipped_steps"] for m in train_lines(tmp_path)] == [1, 1]
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("verdict", [(-1.0, False, "34"), (1.0, True, "34")])
+def test_a_verifier_that_always_says_the_same_stops_the_run_before_its_first_step(config, tmp_path, monkeypatch, verdict):
+    monkeypatch.setattr(cure.VerifierPool, "score_all", lambda self, pairs, verifier: ([verdict] * len(pairs), {}))
+    with pytest.raises(RuntimeError, match="verifier 'boxed' misjudged .* Not starting"):
+        cure.main(["--config", config, f"out_dir={tmp_path}/run"])
+    assert not (tmp_path / "run").exists()
+    torch.distributed.destroy_process_group()
+
+
 def test_groups_without_contrast_are_not_trained_on(config, tiny, tmp_path, capsys):
     wrong = tmp_path / "wrong.jsonl"
     rows = [{"prompt": f"{a}+{b}?", "answer": "999"} for a in range(1, 5) for b in range(1, 5)]
@@ -238,6 +311,7 @@ def test_groups_without_contrast_are_not_trained_on(config, tiny, tmp_path, caps
 BAD_CONFIG = {
     ("lrr=1",): "lrr: no such key; did you mean lr?",
     ("stages.stage1.n3=1",): "n3: no such key",
+    ("stages.stage1.clip_hihg=1",): "clip_hihg: no such key; did you mean clip_high?",
     ("stages.stage9.n1=1",): "stages.stage9",
     ("lr=fast",): "lr: ",
     ("steps=2.5",): "steps: ",
@@ -266,6 +340,20 @@ def test_bad_config_is_one_line_that_names_the_key(config, overrides):
     assert BAD_CONFIG[overrides] in str(e.value) and "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [("clip_hihg: 0.3", "clip_hihg: no such key; did you mean clip_high?"), ("n1: many", "n1: "), ("n1: 2.5", "n1: "),
+     ("lr: [1]", "lr: "), ("betas: 0.9", "betas: "), ("prompts_per_step: 48", "prompts_per_step: 48 is no multiple"),
+     ("micro_batch_tokens: 4095", "micro_batch_tokens: 4095 is smaller than one sequence of 4096 tokens")],
+)  # fmt: skip
+def test_a_mistake_inside_a_stage_entry_of_the_file_is_one_line_that_names_the_key(tmp_path, entry, says):
+    (tmp_path / "bad.yaml").write_text(f"stages:\n  one: {{steps: 1}}\n  two: {{{entry}}}\n")
+    with pytest.raises(ValueError) as e:
+        load_config(["--config", str(tmp_path / "bad.yaml")])
+    print(e.value)
+    assert str(e.value).startswith(says) and "\n" not in str(e.value)
+
+
 @pytest.mark.parametrize("text", ["lr: [1", "stages: [a, b]", "stages: {a: 3}", "- lr", "8020: {}"])
 def test_a_config_file_that_is_no_mapping_of_keys_is_one_line(tmp_path, text):
     (tmp_path / "bad.yaml").write_text(text)
@@ -278,6 +366,63 @@ def test_every_config_of_the_project_is_valid():
     for path in sorted((ROOT / "configs").glob("*.yaml")):
         for name, cfg in load_config(["--config", str(path), "eval_data=some.jsonl"]):
             assert isinstance(name, str) and cfg.name == name and cfg.out_dir == f"runs/{path.stem}"
+
+
+def test_the_7b_config_is_the_table_of_the_reference():
+    (_, one), (_, two) = load_config(["--config", str(ROOT / "configs/qwen2.5-math-7b.yaml")])
+    table = {  # key: (stage 1, stage 2)
+        "n1": (4, 16), "n2": (3, 0), "group_size": (16, 16), "max_prompt_tokens": (1500, 512),
+        "max_response_tokens": (2596, 3584), "critical_top_k": (20, 20), "prompts_per_step": (512, 512),
+        "prompts_per_round": (1024, 1024), "prompts_per_minibatch": (32, 32), "clip_low": (0.2, 0.2), "clip_high": (0.28, 0.28),
+        "clip_dual": (10, 10), "lr": (1e-6, 1e-6), "betas": ([0.9, 0.999],) * 2, "weight_decay": (0.1, 0.1),
+        "grad_clip": (1, 1), "warmup": (10, 10), "overlong_buffer": (512, 512), "overlong_factor": (1, 1),
+        "temperature": (1, 1), "top_p": (1, 1), "max_rounds": (10, 10), "steps": (300, two.steps),
+        "model": ("Qwen/Qwen2.5-Math-7B",) * 2, "agg": ("token", "token"), "entropy_mask_rho": (1, 1), "tis_cap": (0, 0),
+    }  # fmt: skip
+    assert {k: (getattr(one, k), getattr(two, k)) for k in table} == table
+
+
+def forbidden(source):
+    """What a script must not do, found in its syntax tree: ["line: what", …]."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        name = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else None
+        if isinstance(node, ast.alias):                 # from sympy import sympify as s; from eval import evaluate is a file
+            name = node.name.split(".")[-1]
+            name = None if name == "eval" else name
+        if name in ("sympify", "parse_expr", "__import__", "pickle", "cPickle", "dill", "exec", "joblib"):
+            found.append(f"{node.lineno}: {name}")
+        if isinstance(node, ast.Name) and name == "eval":
+            found.append(f"{node.lineno}: eval")
+        if isinstance(node, ast.Call):
+            called, keywords = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
+            if called.endswith("torch.load") and keywords.get("weights_only") != "True":
+                found.append(f"{node.lineno}: torch.load without weights_only=True")
+            for key, safe in (("trust_remote_code", "False"), ("shell", "False"), ("allow_pickle", "False")):
+                if keywords.get(key, safe) != safe:
+                    found.append(f"{node.lineno}: {key}={keywords[key]}")
+            if called in ("os.system", "os.popen") or called == "yaml.load" or called.endswith(".eval") and node.args:
+                found.append(f"{node.lineno}: {called}")
+    return found
+
+
+@pytest.mark.parametrize(
+    "bad",
+    ["eval('1')", "exec(text)", "f = eval", "map(eval, texts)", "import pickle", "from sympy import sympify as s",
+     "frame.eval(x)", "sympy.parse_expr(x)", "__import__('os')", "torch.load(f)", "torch.load(f, weights_only=False)",
+     "import joblib", "AutoModel.from_pretrained(x, trust_remote_code=True)", "f(trust_remote_code=flag)",
+     "np.load(f, allow_pickle=True)", "subprocess.run(x, shell=True)", "os.system(x)", "yaml.load(x)"],
+)  # fmt: skip
+def test_the_search_for_forbidden_calls_finds_them(bad):
+    assert forbidden(bad) and forbidden(f"class A:\n    def f(self):\n        {bad}\n")
+
+
+def test_no_script_evaluates_text_unpickles_or_trusts_remote_code():
+    scripts = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "tests").glob("*.py"))]
+    assert {"cure.py", "policy.py", "rollout.py", "loss.py", "reward.py", "data.py", "eval.py"} <= {p.name for p in scripts}
+    found = {p.name: hits for p in scripts if (hits := forbidden(p.read_text()))}
+    print(f"{len(scripts)} scripts: {found or 'nothing forbidden'}")
+    assert not found
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ragged
+from conftest import largest, ragged
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +16,7 @@ import cure
 from config import Config
 from loss import group_advantages, policy_loss, token_weights
 from plan import engine_share
-from policy import Policy, bins, compute_dtype, pack, packed_length, partition
+from policy import Policy, bins, compute_dtype, load_lm, pack, packed_length, partition
 from rollout import Rollout, gather
 
 BUDGET = 4096
@@ -98,7 +98,7 @@ def cut(rollouts, budget=BUDGET, world=1):
 def worst(ours, exact):
     """The largest ‖g - g'‖ / ‖g'‖ of any parameter tensor."""
     assert ours.keys() == exact.keys()
-    return max(((ours[n].double() - g.double()).norm() / g.double().norm()).item() for n, g in exact.items())
+    return largest(((ours[n].double() - g.double()).norm() / g.double().norm()).item() for n, g in exact.items())
 
 
 def weights(policy):
@@ -165,7 +165,7 @@ def test_packed_logp_and_entropy_equal_a_plain_forward_one_by_one(policy, temper
         with torch.no_grad():
             exact = plain_logp(model, r, temperature)
         assert all(x.dtype == np.float32 and x.shape == (len(r.response_ids),) for x in ours)
-        gap = max(gap, *(np.abs(a - b.numpy()).max() for a, b in zip(ours, exact, strict=True)))
+        gap = largest(gap, *(np.abs(a - b.numpy()).max() for a, b in zip(ours, exact, strict=True)))
     print(f"packed against plain forward: {gap:.1e}")
     assert gap <= 2e-5
 
@@ -205,7 +205,7 @@ def test_micro_batch_budget_does_not_change_the_gradient(policy):
     assert sizes[0] > sizes[1] > sizes[2] == 1, sizes
     gaps = [worst(g, grads[2]) for g in grads[:2]]
     print(f"micro-batches {sizes}: {gaps[0]:.1e} {gaps[1]:.1e}")
-    assert max(gaps) <= 1e-5
+    assert largest(gaps) <= 1e-5
 
 
 def test_activation_checkpointing_and_head_chunk_do_not_change_the_gradient(odd, cpu):
@@ -229,7 +229,9 @@ def test_scoring_and_update_see_the_same_floats_so_the_first_ratio_is_exactly_on
         return logp.sum()
 
     gradients(policy, mbs, loss_fn)
-    assert torch.cat(ratios).eq(1).all()
+    ratios = torch.cat(ratios)
+    print(f"{len(ratios)} ratios in {len(mbs)} micro-batches: {ratios.min().item()} to {ratios.max().item()}")
+    assert ratios.eq(1).all()
 
 
 @pytest.mark.slow
@@ -253,6 +255,8 @@ def test_a_neighbours_tokens_do_not_change_one_bit(policy):
     a, b, c = Rollout([2, 3, 4], [], [5, 6, 7, 8]), Rollout([4] * 5, [], [3] * 6), Rollout([2, 9], [], [4, 4])
     other = Rollout([v - 1] * 5, [], [v - 2] * 6)
     before, after = policy.score([[a, b, c]], 1.0), policy.score([[a, other, c]], 1.0)
+    gap = largest(np.abs(x - y).max() for i in (0, 2) for x, y in zip(before[i], after[i], strict=True))
+    print(f"before and after a changed neighbour: {gap:.1e}, the neighbour itself {np.abs(before[1][0] - after[1][0]).max():.1e}")
     for i in (0, 2):                                    # the one before it and the one after it
         assert all(np.array_equal(x, y) for x, y in zip(before[i], after[i], strict=True))
     assert not np.array_equal(before[1][0], after[1][0])
@@ -264,7 +268,7 @@ def test_a_neighbour_of_another_length_changes_rounding_only(policy):
     alone, gap = policy.score([[a]], 1.0)[0], 0.0
     for mb in ([a, b, c], [a, longer, c], [longer, a], [c, longer, a]):
         at = next(i for i, r in enumerate(mb) if r is a)
-        gap = max(gap, *(np.abs(x - y).max() for x, y in zip(policy.score([mb], 1.0)[at], alone, strict=True)))
+        gap = largest(gap, *(np.abs(x - y).max() for x, y in zip(policy.score([mb], 1.0)[at], alone, strict=True)))
     print(f"neighbour of another length: {gap:.1e}")
     assert gap <= 1e-5
 
@@ -349,7 +353,83 @@ def test_loss_denominator_counts_neither_prompt_nor_padding_nor_the_ranks_share(
             return total[-1]
 
         gradients(policy, [[rows[i] for i in mb] for mb in plan[0]], loss_fn)
+        print(f"prompts of {prompt}, {len(total)} micro-batches: loss {sum(total).item():.7f}")
         assert sum(total).item() == pytest.approx(-1, abs=1e-6)
+
+
+def masked_gradients(policy, rows, **kwargs):
+    """Gradients of cure's own minibatch loss with these settings: ({name: gradient}, micro-batches)."""
+    cfg = config(micro_batch_tokens=128, **kwargs)
+    plan = partition([packed_length(r) for r in rows], 1, cfg.micro_batch_tokens)
+    run = SimpleNamespace(policy=policy, rank=0, world=1)
+    loss_fn = cure.minibatch_loss(run, cfg, rows, plan, (0,), {"gap": 0.0})
+    return gradients(policy, [[rows[i] for i in mb] for mb in plan[0]], loss_fn)[0], len(plan[0])
+
+
+@pytest.fixture
+def masked_rows(policy):
+    rows = prepared(policy, ragged(12, 5, policy.config.vocab_size, per_group=4))
+    for r, (_, entropy) in zip(rows, policy.score_local(rows, 1.0), strict=True):
+        r.entropy = entropy
+    return rows
+
+
+@pytest.mark.parametrize("rho", [1.0, 1 - 1e-9])        # the second goes through the mask, which then keeps every token
+def test_a_mask_that_keeps_all_tokens_is_plain_dapo_bit_for_bit(policy, masked_rows, rho):
+    mbs = cut(masked_rows, 128)[0]
+    plain, _ = gradients(policy, mbs, token_mean(masked_rows))            # written here, without any mask
+    for side, scope, norm in itertools.product(("top", "bottom", "random"), ("mini", "micro"), ("kept", "all")):
+        ours, n = masked_gradients(policy, masked_rows, entropy_mask_rho=rho, entropy_mask_side=side, entropy_mask_scope=scope,
+                                   entropy_mask_norm=norm)  # fmt: skip
+        assert n == len(mbs) > 1 and same(ours, plain), (side, scope, norm)
+    print(f"rho {rho}: 12 kinds of mask, every gradient equal bit for bit over {n} micro-batches")
+
+
+@pytest.mark.parametrize("scope", ["mini", "micro"])
+def test_norm_all_is_k_of_n_times_norm_kept_in_every_gradient(policy, masked_rows, scope):
+    kept, of_all = (masked_gradients(policy, masked_rows, entropy_mask_rho=0.2, entropy_mask_scope=scope, entropy_mask_norm=norm)
+                    [0] for norm in ("kept", "all"))  # fmt: skip
+    sizes = [sum(len(r.response_ids) for r in mb) for mb in cut(masked_rows, 128)[0]]
+    n = sum(sizes)
+    k = -(-n // 5) if scope == "mini" else sum(-(-x // 5) for x in sizes)
+    gap = worst(of_all, {name: g * (k / n) for name, g in kept.items()})
+    print(f"{scope}: k/n = {k}/{n}, norm all against k/n of norm kept: {gap:.1e}")
+    assert gap <= 1e-5
+
+
+def test_an_empty_micro_batch_adds_nothing_to_cures_loss_and_no_nan(policy, masked_rows):
+    run, rows, tried = SimpleNamespace(policy=policy, rank=0, world=1), masked_rows[:4], 0
+    masks = {}, {"entropy_mask_rho": 0.3}, {"entropy_mask_rho": 0.3, "entropy_mask_scope": "micro"}
+    for agg, mask, norm in itertools.product(("token", "sequence", "micro"), masks, ("kept", "all")):
+        cfg, found = config(agg=agg, tis_cap=2.0, entropy_mask_norm=norm, **mask), []
+        for plan in ([[[0, 1, 2, 3]]], [[[], [0, 1, 2, 3], []]]):
+            sums = {"gap": 0.0}
+            loss_fn = cure.minibatch_loss(run, cfg, rows, plan, (0,), sums)
+            found.append(gradients(policy, [[rows[i] for i in mb] for mb in plan[0]], loss_fn)[0])
+            assert all(np.isfinite(v) for v in sums.values()), sums
+        assert same(*found) and all(g.isfinite().all() for g in found[0].values()), cfg
+        tried += 1
+    print(f"{tried} settings: gradients with and without two empty micro-batches are equal bit for bit, and finite")
+
+
+@pytest.mark.parametrize(
+    ("kept", "per_step", "sizes"),
+    [(9, 4, [3, 3, 3]), (5, 4, [3, 2]), (8, 4, [4, 4]), (7, 3, [3, 2, 2]), (3, 4, [3]), (33, 32, [17, 16]), (0, 4, [])],
+)  # fmt: skip
+def test_left_over_groups_are_spread_and_never_get_a_step_of_their_own(fresh, kept, per_step, sizes):
+    rows = ragged(3 * kept, 7, 25, per_group=3, response=(1, 8))
+    for i, r in enumerate(rows):
+        r.group = 3 * r.group + 1                       # the draw had groups in between, which were not kept
+        r.reward, r.correct = [(1.0, True), (0.5, True), (-1.0, False)][i % 3]   # the second is right, but over-long
+    plan = cure.prepare(SimpleNamespace(policy=fresh, rank=0, world=1), config(prompts_per_minibatch=per_step), rows, {})
+    groups = [sorted({rows[i].group for rank in mini for mb in rank for i in mb}) for mini in plan]
+    print(f"{kept} kept groups, {per_step} a step: {[len(g) for g in groups]}")
+    assert [len(g) for g in groups] == sizes and sum(groups, []) == sorted({r.group for r in rows})       # in data order
+    members = sorted(i for mini in plan for rank in mini for mb in rank for i in mb)
+    assert members == list(range(len(rows))), "every rollout once, groups whole"
+    shaped = [0.80064, 0.32026, -1.12090]               # (1, 0.5, -1) - 1/6, over 1.04083: of the reward, not the accuracy
+    assert [r.advantage for r in rows] == pytest.approx(shaped * kept, abs=1e-5)
+    assert all(len(r.old_logp) == len(r.entropy) == len(r.response_ids) for r in rows)
 
 
 # -------------------------------------------------------------------------------------------------------- the optimizer step
@@ -357,9 +437,10 @@ def test_first_step_moves_every_parameter_by_about_lr(fresh):
     rows, before = prepared(fresh, ragged(8, 5, 25, per_group=4)), weights(fresh)
     norm, taken = fresh.update(cut(rows)[0], token_mean(rows), 1.0, 1e-3, 1.0)
     assert taken and np.isfinite(norm) and norm > 0 and fresh.adam_step == 1
-    for name, w in weights(fresh).items():
-        moved = (w - before[name]).abs()
-        assert 0.9e-3 < moved.max() < 1.1e-3, name      # Adam's first step is lr times the sign of the gradient
+    moved = {name: (w - before[name]).abs().max().item() for name, w in weights(fresh).items()}
+    print(f"lr 1e-3: {len(moved)} tensors move by {min(moved.values()):.2e} to {max(moved.values()):.2e}")
+    for name, by in moved.items():
+        assert 0.9e-3 < by < 1.1e-3, name               # Adam's first step is lr times the sign of the gradient
 
 
 def test_a_step_descends_the_loss_it_was_given(fresh):
@@ -494,7 +575,7 @@ def test_bf16_compute_keeps_fp32_masters_and_fp32_scores(sharp, cpu):
     gap = 0.0
     for a, b in zip(p.score_local(rows, 1.0), full.score_local(rows, 1.0), strict=True):
         assert a[0].dtype == a[1].dtype == np.float32
-        gap = max(gap, np.abs(a[0] - b[0]).mean())
+        gap = largest(gap, np.abs(a[0] - b[0]).mean())
     assert 1e-5 < gap < 0.2
     before = weights(p)
     p.update(cut(rows)[0], token_mean(rows), 1.0, 1e-6, 1.0)              # far below bf16's resolution
@@ -523,6 +604,69 @@ def test_a_folder_without_a_model_is_a_value_error_naming_the_key(cpu, tmp_path)
     with pytest.raises(ValueError, match="^model: cannot load") as caught:
         make(str(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+EVIL = """
+import pathlib
+pathlib.Path({canary!r}).write_text("executed")
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+class Config(Qwen2Config): model_type = {model_type!r}
+class Model(Qwen2ForCausalLM): config_class = Config
+class Tokenizer(Qwen2Tokenizer): pass
+"""
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "nobodys"])
+def test_code_in_a_model_folder_is_never_executed(sharp, cpu, tmp_path, model_type):
+    folder, canary = tmp_path / "model", tmp_path / "canary"
+    shutil.copytree(sharp, folder)
+    (folder / "evil.py").write_text(EVIL.format(canary=str(canary), model_type=model_type))
+    auto_map = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model", "AutoTokenizer": ["evil.Tokenizer", None]}
+    for name, more in (("config.json", {"model_type": model_type}), ("tokenizer_config.json", {"tokenizer_class": "Tokenizer"})):
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(content | more | {"auto_map": auto_map}))
+    loaded = []
+    for load in (cure.load_tokenizer, cure.load_hf_config, lambda f: load_lm(f, torch.float32, "packed"),
+                 lambda f: engine_share(config(), cure.load_hf_config(f), 1, 80 * GIB)):
+        try:
+            loaded.append(load(str(folder)))
+        except ValueError as e:                         # refused is as good as loaded without it
+            assert str(e).startswith("model: ") and "\n" not in str(e)
+    print(f"model type {model_type}: {len(loaded)} of 4 loaders load the folder, none runs its code")
+    assert not canary.exists() and len(loaded) >= (3 if model_type == "qwen2" else 0)
+    assert all(type(x).__module__.startswith(("transformers.", "builtins")) for x in loaded)
+
+
+class Bomb:
+    """Unpickling it writes a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+def test_pickled_weights_are_refused_unread_naming_the_key(sharp, cpu, tmp_path, name):
+    folder, canary = tmp_path / "model", tmp_path / "canary"
+    shutil.copytree(sharp, folder)
+    (folder / "model.safetensors").unlink()
+    torch.save({"weights": Bomb(canary)}, folder / name)                  # under either name: what counts is what is in it
+    with pytest.raises(ValueError, match="^model: cannot load") as caught:
+        make(str(folder))
+    print(f"{name}: {caught.value}")
+    assert "\n" not in str(caught.value) and not canary.exists()
+
+
+def test_a_model_file_that_lacks_a_tensor_is_refused_by_its_name(sharp, cpu, tmp_path):
+    from safetensors.torch import load_file, save_file
+    shutil.copytree(sharp, tmp_path / "model")
+    weights = load_file(tmp_path / "model/model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model/model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"model: .*lacks 1 tensors, model.layers.1.mlp.up_proj.weight"):
+        make(str(tmp_path / "model"))
 
 
 def test_sliding_window_attention_is_refused_because_the_packed_forward_has_none(sharp, cpu, tmp_path):
@@ -583,9 +727,15 @@ def rank_job(rank, world, device, source, out):
     def broken(r, logp, entropy):
         return loss_fn(r, logp, entropy) * (float("nan") if rank == world - 1 else 1.0)
 
-    norm, taken = policy.update(plan, broken, 1.0, 1e-3, 1.0)
-    found["nan"] = {"taken": gather([taken]), "finite": gather([bool(np.isfinite(norm))]),
-                    "same": gather([same(before, weights(policy))]), "adam": gather([policy.adam_step])}  # fmt: skip
+    # the loss is so on one rank, which reaches all shards; or the gradient is so in one rank's shard, which the others never see
+    for where, fn in (("loss", broken), ("shard", loss_fn)):
+        if where == "shard":
+            for p in policy.model.parameters():
+                p.grad = torch.zeros_like(p)
+            next(policy.model.parameters()).grad.to_local().fill_(float("nan") if rank == world - 1 else 0.0)
+        norm, taken = policy.update(plan, fn, 1.0, 1e-3, 1.0)
+        found[f"nan in a {where}"] = {"taken": gather([taken]), "finite": gather([bool(np.isfinite(norm))]),
+                                      "same": gather([same(before, weights(policy))]), "adam": gather([policy.adam_step])}
     # and a good one after it, from which the same weights follow as on one rank
     norm, taken = policy.update(plan, loss_fn, 1.0, 1e-3, 1.0)
     found["after"] = {"taken": gather([taken]), "weights": weights(policy)}
@@ -608,13 +758,13 @@ def test_gradient_is_rank_invariant_on_ragged_lengths_and_uneven_groups(ranks, a
     steps, _, old = alone[variant]
     found = ranks[world]["policy"][variant]
     assert len(found["grads"]) == len(steps) == 3
-    gap = max(worst(g, exact) for g, (exact, _) in zip(found["grads"], steps, strict=True))
+    gap = largest(worst(g, exact) for g, (exact, _) in zip(found["grads"], steps, strict=True))
     print(f"{world} ranks against 1, {variant}: {gap:.1e}")
     assert gap <= 1e-5
     for norms in found["norms"]:
         assert norms == found["norms"][0] and norms == pytest.approx([n for _, n in steps], rel=1e-6)
     assert all(len(set(mini)) == 1 for mini in found["counts"])           # equally many forwards on every rank
-    assert max((a - b).abs().max() for a, b in zip(found["old"], map(torch.from_numpy, old), strict=True)) <= 1e-5
+    assert largest((a - b).abs().max() for a, b in zip(found["old"], map(torch.from_numpy, old), strict=True)) <= 1e-5
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -634,10 +784,12 @@ def test_ranks_may_bring_different_numbers_of_micro_batches_to_a_scoring_pass(ra
     assert all(np.abs(a.numpy() - b).max() <= 1e-5 for a, b in zip(ranks[world]["policy"]["uneven"], exact, strict=True))
 
 
+@pytest.mark.parametrize("where", ["loss", "shard"])
 @pytest.mark.parametrize("world", [2, 3])
-def test_nan_gradient_on_one_rank_makes_every_rank_skip_the_step_bit_for_bit(ranks, world):
-    assert ranks[world]["policy"]["nan"] == {"taken": [False] * world, "finite": [False] * world, "same": [True] * world,
-                                   "adam": [0] * world}  # fmt: skip
+def test_nan_gradient_on_one_rank_makes_every_rank_skip_the_step_bit_for_bit(ranks, world, where):
+    found = ranks[world]["policy"][f"nan in a {where}"]
+    print(f"{world} ranks, NaN in the {where} of one: {found}")
+    assert found == {"taken": [False] * world, "finite": [False] * world, "same": [True] * world, "adam": [0] * world}
 
 
 @pytest.mark.parametrize("world", [2, 3])

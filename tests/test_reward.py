@@ -242,6 +242,7 @@ def test_an_unknown_verifier_names_the_key():
     "length, penalty", [(0, 0), (2084, 0), (2085, -0.001953125), (2340, -0.5), (2596, -1), (9999, -1)]
 )
 def test_overlong_penalty_fixtures(length, penalty):
+    print(f"{length} -> {overlong_penalty(length, 2596, 512, 1.0):.5f}")
     assert overlong_penalty(length, 2596, 512, 1.0) == penalty
     assert overlong_penalty(length, 2596, 512, 0.5) == penalty / 2
     assert overlong_penalty(length, 2596, 0, 1.0) == 0

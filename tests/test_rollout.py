@@ -8,6 +8,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from conftest import largest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -88,6 +89,7 @@ def test_picker_agrees_with_brute_force_on_1000_random_rows():
         t = pick_critical(*row, gen(seed))
         assert t == (pool[int(torch.randint(len(pool), (1,), generator=gen(seed)))] if pool else 0)
         fallbacks += not pool
+    print(f"1000 rows, {fallbacks} of them without a valid position: all as by brute force")
     assert 50 < fallbacks < 500
 
 
@@ -306,7 +308,7 @@ def ids_of(out):
 
 
 def logp_gap(a, b):
-    return max(np.abs(x.logp - y.logp).max() for xs, ys in zip(a, b, strict=True) for x, y in zip(xs, ys, strict=True))
+    return largest(np.abs(x.logp - y.logp).max() for xs, ys in zip(a, b, strict=True) for x, y in zip(xs, ys, strict=True))
 
 
 def shift(policy, lr=1e-2):
@@ -363,7 +365,7 @@ def test_engine_log_probs_equal_the_trainers(pair, temperature):
     out = engine.generate(ps, 3, Sampling(25, temperature), [request_seed(i) for i in range(12)])
     rows = [Rollout(p, [], c.ids, c.logp) for p, cs in zip(ps, out, strict=True) for c in cs]
     scores = policy.score_local(rows, temperature)
-    gap = max(np.abs(r.engine_logp - logp).max() for r, (logp, _) in zip(rows, scores, strict=True))
+    gap = largest(np.abs(r.engine_logp - logp).max() for r, (logp, _) in zip(rows, scores, strict=True))
     print(f"engine against trainer at T {temperature}: {gap:.1e}")
     assert gap <= 1e-5 / temperature                    # rounding of the logits, divided by it
     assert all(c.logp.dtype == np.float32 and c.logp.shape == (len(c.ids),) for cs in out for c in cs)
@@ -451,7 +453,8 @@ def test_engine_goes_stale_without_sync_and_agrees_again_after_it(sharp, cpu):
 
     def gap():
         rows = [Rollout(p, [], c.ids, c.logp) for p, (c,) in zip(ps, engine.generate(ps, 1, sampling, range(6)), strict=True)]
-        return max(np.abs(r.engine_logp - logp).max() for r, (logp, _) in zip(rows, policy.score_local(rows, 1.0), strict=True))
+        scores = policy.score_local(rows, 1.0)
+        return largest(np.abs(r.engine_logp - logp).max() for r, (logp, _) in zip(rows, scores, strict=True))
 
     before = engine.generate(ps, 1, sampling, range(6))
     assert gap() <= 1e-5
@@ -574,7 +577,7 @@ def test_the_loss_mask_covers_exactly_the_new_tokens(sampled):
 
 def test_branches_continue_their_refined_prompt_in_the_engine_as_in_the_trainer(sampled, pair):
     scores = pair[0].score_local(sampled[2], 1.0)
-    gap = max(np.abs(r.engine_logp - logp).max() for r, (logp, _) in zip(sampled[2], scores, strict=True))
+    gap = largest(np.abs(r.engine_logp - logp).max() for r, (logp, _) in zip(sampled[2], scores, strict=True))
     print(f"engine against trainer, branches included: {gap:.1e}")
     assert gap <= 1e-5
 
@@ -747,6 +750,7 @@ def test_advantages_of_a_kept_group_sum_to_zero(round_of):
     rollouts, _, _ = round_of()
     group = torch.tensor([r.group for r in rollouts])
     a = group_advantages(torch.tensor([r.reward for r in rollouts]), group)
+    print(f"largest sum of a group's advantages: {max(abs(a[group == g].sum().item()) for g in set(group.tolist())):.1e}")
     assert all(abs(a[group == g].sum().item()) <= 1e-5 for g in set(group.tolist())) and a.abs().min() > 0
 
 
@@ -897,5 +901,5 @@ def test_what_is_collected_does_not_depend_on_the_rank_count_nor_differ_between_
         assert len(alone["rollouts"]) > 0
         for part in ("rollouts", "dropped"):
             assert found[part] == alone[part], name
-        assert max((a - b).abs().max() for a, b in zip(found["logp"], alone["logp"], strict=True)) <= 1e-5
+        assert largest((a - b).abs().max() for a, b in zip(found["logp"], alone["logp"], strict=True)) <= 1e-5
         assert found["metrics"] == pytest.approx(alone["metrics"], rel=1e-5)
