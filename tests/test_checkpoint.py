@@ -4,6 +4,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -118,7 +119,7 @@ def test_torchrun_passes_a_signal_on_and_the_workers_save(config, tmp_path, name
     for line in p.stdout:
         seen.append(line)
         if "stage1 1/3" in line:
-            p.send_signal(getattr(__import__("signal"), name))
+            p.send_signal(getattr(signal, name))
     p.wait(timeout=120)
     text = "".join(seen)
     step = int(re.search(r"stopped by a signal after step (\d)", text).group(1))
@@ -168,10 +169,10 @@ def kill_and_resume(moment, config, run, out, uninterrupted, whole):
     same_as_whole(out, whole)
     assert all_complete(out) == "step_000006"
     assert sorted(os.listdir(out / "ckpt")) == ["latest", "step_000003", "step_000005", "step_000006"], "no leftovers"
-    return killed.codes == [-9]
+    return killed.codes == [-9]                         # the clock may strike after the end
 
 
-@pytest.mark.parametrize("moment", range(3))
+@pytest.mark.parametrize("moment", [2, 4, 5])
 def test_kill_9_loses_nothing_before_the_last_checkpoint(moment, config, run, tmp_path, uninterrupted, whole):
     assert kill_and_resume(moment, config, run, tmp_path, uninterrupted, whole), "killed before it ended"
 
