@@ -446,11 +446,12 @@ def load_tokenizer(path):
 
 def load_hf_config(path):
     """The model's configuration; ValueError names `model`."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, StrictDataclassError) as e:  # the last: values that contradict each other
         raise ValueError(f"model: cannot read the configuration of {path!r}: {str(e).splitlines()[0]}") from e
 
 
