@@ -5,8 +5,8 @@
     torchrun --nproc_per_node 8 bench.py --shape 7b --only update,score,sync activation_checkpointing=true
     python bench.py --only rollout model=DIR data=FILE.jsonl template=chat         # real prompts, text of real lengths
 
-Parts: update (packed against padded to the longest; twice the tokens; twice the chunks), score (the log-prob pass, with and
-without reuse_entropy_logp), head (chunked against naive, in processes of their own), rollout, sync, verifier, balance. Variants
+Parts: update (packed against padded to the longest), scaling (twice the tokens, twice the chunks), score (the log-prob pass,
+with and without reuse_entropy_logp), head (chunked against naive, a process each), rollout, sync, verifier, balance. Variants
 take turns, medians of --repeats turns; ratios are of medians. One table, one JSON line. key=value: settings of config.py.
 """
 
@@ -35,7 +35,7 @@ from policy import Policy, compute_dtype, init_distributed, packed_length, parti
 from reward import VerifierPool
 from rollout import Rollout, Sampling, TorchEngine, VLLMEngine, gather, request_seed
 
-PARTS = ("update", "score", "head", "rollout", "sync", "verifier", "balance")
+PARTS = ("update", "scaling", "score", "head", "rollout", "sync", "verifier", "balance")
 SHAPES = {  # of the published models' config.json; q = Qwen2, l = Llama
     "135m": ("llama", 576, 30, 9, 3, 1536, 49152, True),  # SmolLM2-135M: width, blocks, heads, kv heads, MLP, vocabulary, tied
     "0.5b": ("qwen2", 896, 24, 14, 2, 4864, 151936, True),  # Qwen2.5-0.5B
@@ -145,42 +145,47 @@ def padded_pack(rows, device, bucket=0):
     return {k: torch.tensor(v, device=device) for k, v in as_tensor.items()} | {"cu_seqlens": cu, "max_len": longest}
 
 
+def optimizer_step(b, rows, norms, name, pack=None, chunk=None, mine=None):
+    """A function that takes one optimizer step on `rows`, lr 0 so that the weights stay, and notes its gradient norm."""
+    mine = mine or micro_batches(rows, b.cfg, b.rank, b.world)
+    packing = policy_module.pack
+
+    def run():
+        policy_module.pack, b.policy.model.chunk = pack or packing, chunk or b.cfg.head_chunk
+        try:
+            norms[name] = b.policy.update(mine, loss_of(rows), 1.0, 0.0, 0.0)[0]
+        finally:
+            policy_module.pack, b.policy.model.chunk = packing, b.cfg.head_chunk
+
+    return run
+
+
 def bench_update(b):
-    """The optimizer step: packed against padded, twice the tokens, twice the chunks."""
-    rows, cfg, policy = b.rows, b.cfg, b.policy
-    twice = rows + rollouts(len(rows), b.args.mean, b.args.longest, b.config.vocab_size, seed=0)  # the same lengths again
-    packing, chunk = policy_module.pack, policy.model.chunk
-    gradients = {}
-
-    def step(name, minibatch, pack=packing, chunk=chunk, budget=None):
-        mine = micro_batches(minibatch, cfg, b.rank, b.world)
-        if budget:  # padded sequences a micro-batch: as many as the budget holds
-            flat, k = sum(mine, []), max(1, cfg.micro_batch_tokens // max(map(packed_length, minibatch)))
-            mine = [flat[i : i + k] for i in range(0, len(flat), k)]
-            mine += [[]] * (max(gather([len(mine)])) - len(mine))
-
-        def run():
-            policy_module.pack, policy.model.chunk = pack, chunk
-            try:
-                gradients[name] = policy.update(mine, loss_of(minibatch), 1.0, 0.0, 0.0)[0]  # lr 0: the weights stay
-            finally:
-                policy_module.pack, policy.model.chunk = packing, b.cfg.head_chunk
-
-        return run
-
-    variants = {"update": step("update", rows), "update, twice the tokens": step("twice", twice),
-                "update, twice the chunks": step("chunks", rows, chunk=max(1, chunk // 2))}  # fmt: skip
-    if not cfg.compile:
-        variants["update, padded to the longest"] = step("padded", rows, padded_pack, budget=True)
+    """The optimizer step, packed against padded to the longest: in micro-batches of as many sequences as the budget holds."""
+    norms, flat = {}, sum(micro_batches(b.rows, b.cfg, b.rank, b.world), [])
+    k = max(1, b.cfg.micro_batch_tokens // max(map(packed_length, b.rows)))
+    padded = [flat[i : i + k] for i in range(0, len(flat), k)]
+    padded += [[]] * (max(gather([len(padded)])) - len(padded))
+    variants = {"update": optimizer_step(b, b.rows, norms, "packed")}
+    if not b.cfg.compile:
+        variants["update, padded to the longest"] = optimizer_step(b, b.rows, norms, "padded", padded_pack, mine=padded)
     b.clock.turns(variants)
     b.row("update", b.tokens, "tokens/s", flops=3 * b.flops)
-    if not cfg.compile:
+    if not b.cfg.compile:
         b.row("update, padded to the longest", b.tokens, "tokens/s")
         b.note("update packed / padded, tokens/s", b.clock.ratio("update, padded to the longest", "update"))
-        b.note("gradient norm padded / packed - 1", gradients["padded"] / gradients["update"] - 1)
-    b.note("update, seconds for twice the tokens / once", b.clock.ratio("update, twice the tokens", "update"))
-    b.note("update, seconds for twice the chunks / once", b.clock.ratio("update, twice the chunks", "update"))
-    b.note("gradient norm twice the chunks / once - 1", gradients["chunks"] / gradients["update"] - 1)
+        b.note("gradient norm padded / packed - 1", norms["padded"] / norms["packed"] - 1)
+
+
+def bench_scaling(b):
+    """A quarter of the rollouts: twice the tokens (the same lengths again), twice the chunks of the head."""
+    rows, norms = b.rows[: max(1, len(b.rows) // 4)], {}
+    b.clock.turns({"once": optimizer_step(b, rows, norms, "once"),
+                   "twice the tokens": optimizer_step(b, rows + rows, norms, "twice"),
+                   "half the chunk": optimizer_step(b, rows, norms, "half", chunk=b.cfg.head_chunk // 2)})  # fmt: skip
+    b.note("update, seconds for twice the tokens / once", b.clock.ratio("twice the tokens", "once"))
+    b.note("update, seconds with half the head_chunk / whole", b.clock.ratio("half the chunk", "once"))
+    b.note("gradient norm with half the head_chunk / whole - 1", norms["half"] / norms["once"] - 1)
 
 
 def bench_score(b):
@@ -210,14 +215,6 @@ def bench_sync(b):
 
 
 # ----------------------------------------------------------------------------------------------------------------------- head
-HEAD = """
-import json, sys, time, torch
-sys.path.insert(0, {root!r})
-from bench import head_once
-print(json.dumps(head_once(**json.loads(sys.argv[1]))))
-"""
-
-
 def head_once(kind, T, D, V, chunk, repeats):
     """Log-prob, entropy and backward of one head, alone in this process -> median seconds, peak GiB above the inputs."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -256,8 +253,9 @@ def bench_head(b):
         for kind, seen in found.items():
             job = {"kind": kind, "T": b.args.head_tokens, "D": b.config.hidden_size, "V": b.config.vocab_size,
                    "chunk": b.cfg.head_chunk, "repeats": 3}  # fmt: skip
-            script = HEAD.format(root=cure.HERE)
-            p = subprocess.run([sys.executable, "-c", script, json.dumps(job)], capture_output=True, text=True, check=True)
+            script = "import bench, json, sys; print(json.dumps(bench.head_once(**json.loads(sys.argv[1]))))"
+            p = subprocess.run([sys.executable, "-c", script, json.dumps(job)], capture_output=True, text=True, check=True,
+                               cwd=cure.HERE)  # fmt: skip
             seen.append(json.loads(p.stdout.splitlines()[-1]))
     middle = {k: {x: statistics.median(s[x] for s in seen) for x in ("seconds", "gib")} for k, seen in found.items()}
     for k, m in middle.items():

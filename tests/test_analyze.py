@@ -141,6 +141,20 @@ def test_summary_table_without_evaluations_says_so(tmp_path):
     assert "no evaluation" in analyze.summary_table(write_run(tmp_path / "toy", [train_line(1)]))
 
 
+def test_ledger_adds_up_the_phases_of_training_evaluation_and_the_last_checkpoint(tmp_path):
+    lines = [{"step": 0, "eval/avg@2": .5, "timing_s/eval": 3.0}]
+    for step, seconds in ((1, {"gen_base": 1.0}), (2, {"gen_base": 2.0, "save": 1.0})):
+        seconds |= {"update_actor": 4.0, "other": .5}
+        lines.append({"step": step, "actor/entropy": .1, "perf/mfu": .15 + step / 10})
+        lines[-1] |= {f"timing_s/{k}": v for k, v in seconds.items()}
+    text = analyze.ledger(write_run(tmp_path / "toy", lines), {"timing_s/save": 4.0})
+    rows = {row.split()[0]: row.split()[1:] for row in text.splitlines()[1:-1]}
+    assert rows["gen_base"] == ["3.0", "1.500", "15.0%"] and rows["update_actor"] == ["8.0", "4.000", "40.0%"]
+    assert rows["save"] == ["5.0", "2.500", "25.0%"] and rows["eval"][0] == "3.0" and rows["all"] == ["20.0", "10.000", "100.0%"]
+    assert "wake" not in rows and "MFU 30.0%" in text.splitlines()[-1] and "median of 2 steps" in text
+    assert "no training step" in analyze.ledger(write_run(tmp_path / "sft", [{"sft/step": 1, "sft/loss": 3.0}]))
+
+
 def test_compare_table_is_mean_and_half_range_at_the_last_common_step(tmp_path, capsys):
     def seed(accuracy, entropy, tokens):
         return [eval_line(0), eval_line(10, **{"eval/avg@16": accuracy, "eval/entropy": entropy,

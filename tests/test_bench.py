@@ -1,0 +1,61 @@
+"""bench.py: every part runs on random weights at the smallest size; what it compares is the same computation."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, largest, ragged
+
+import bench
+import policy
+
+
+def run(*argv, ranks=1):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    p = subprocess.run([sys.executable, *launch, "bench.py", *argv], cwd=ROOT, capture_output=True, text=True, timeout=300,
+                       env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert p.returncode == 0, p.stderr
+    return json.loads(p.stdout.splitlines()[-1])
+
+
+SMALL = ["--shape", "toy", "--repeats", "1", "--rollouts", "8", "--mean", "20", "--longest", "60", "--head-tokens", "64",
+         "prompts_per_step=2", "prompts_per_minibatch=2", "max_response_tokens=16"]  # fmt: skip
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_every_part_leaves_its_numbers(ranks):
+    out = run(*SMALL, *(["--only", "update,scaling,score,rollout,sync,balance"] if ranks == 1 else []), ranks=ranks)
+    assert out["ranks"] == ranks and out["tokens"] > 0
+    for name in ("update, tokens/s", "log-prob pass, tokens/s", "update, TFLOP/s and rank", "torch round 2, generated tokens/s"):
+        assert out[name] > 0, name
+    assert abs(out["gradient norm padded / packed - 1"]) < 1e-5
+    assert abs(out["gradient norm with half the head_chunk / whole - 1"]) < 1e-6
+    assert 1 <= out["balance of 2 ranks, most / mean tokens, 512 rollouts"] <= 1.05
+
+
+def test_padding_changes_the_work_and_not_the_numbers(sharp, cpu):
+    rows = ragged(9, 3, 25)
+    packed, padded = policy.pack(rows, cpu), bench.padded_pack(rows, cpu)
+    longest = max(map(policy.packed_length, rows))
+    assert padded["input_ids"].shape == (1, 9 * longest) and packed["input_ids"].shape[1] < 9 * longest
+    from test_policy import make
+    model = make(sharp).model
+    with torch.no_grad():
+        a, b = model(**packed, temperature=1.0), model(**padded, temperature=1.0)
+    gap = largest((x - y).abs().max().item() for x, y in zip(a, b, strict=True))
+    print(f"padded against packed: {gap:.1e}")
+    assert gap <= 1e-5
+
+
+def test_an_unknown_part_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["--only", "update,speed"])
+    assert "--only: speed: the parts are update" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shape, millions", [("135m", 134.5), ("0.5b", 494.0), ("1.5b", 1543.7), ("7b", 7615.6)])
+def test_shapes_have_the_published_models_sizes(shape, millions):
+    from plan import model_sizes
+    assert model_sizes(bench.shape_config(shape)).params / 1e6 == pytest.approx(millions, abs=0.1)
