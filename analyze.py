@@ -169,7 +169,7 @@ def ledger(run, last=None):
 
     lines.append(f"median of {len(train)} steps: {middle('perf/throughput', '.0f')} generated tokens/s and rank over the whole "
                  f"step, update {middle('perf/tflops', '.3g')} TFLOP/s and rank, MFU {middle('perf/mfu', '.1%')}, "
-                 f"peak {middle('perf/peak_memory_gib', '.2f')} GiB")
+                 f"peak {max((value(row, 'perf/peak_memory_gib') for row in train), default=0):.2f} GiB")
     return "\n".join(lines)
 
 

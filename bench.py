@@ -1,7 +1,7 @@
 """How fast, and with how much memory: random weights of any shape, nothing downloaded, variants side by side in one run.
 
     python bench.py                                                    # SmolLM2-135M's shape on this machine, every part
-    python bench.py --only update,head --shape 1.5b --rollouts 256 --mean 1000 --longest 4096 compile=true
+    python bench.py --only update,head --shape 1.5b --rollouts 256 --mean 1000 --longest 4000 micro_batch_tokens=16384
     torchrun --nproc_per_node 8 bench.py --shape 7b --only update,score,sync activation_checkpointing=true
     python bench.py --only rollout model=DIR data=FILE.jsonl template=chat         # real prompts, text of real lengths
 
@@ -31,10 +31,11 @@ import policy as policy_module
 from config import load_config
 from loss import logp_and_entropy, policy_loss
 from plan import forward_flops, peak_flops
-from policy import Policy, compute_dtype, init_distributed, packed_length, partition
+from policy import Policy, compute_dtype, init_distributed, pack, packed_length, partition
 from reward import VerifierPool
 from rollout import Rollout, Sampling, TorchEngine, VLLMEngine, gather, request_seed
 
+PROMPT = 64  # tokens
 PARTS = ("update", "scaling", "score", "head", "rollout", "sync", "verifier", "balance")
 SHAPES = {  # of the published models' config.json; q = Qwen2, l = Llama
     "135m": ("llama", 576, 30, 9, 3, 1536, 49152, True),  # SmolLM2-135M: width, blocks, heads, kv heads, MLP, vocabulary, tied
@@ -69,7 +70,7 @@ def random_model(config, folder):
         shutil.copy(f"{folder}/toy/{name}", folder)
 
 
-def rollouts(n, mean, longest, vocab, prompt=64, seed=0):
+def rollouts(n, mean, longest, vocab, prompt=PROMPT, seed=0):
     """n rollouts of random ids whose response lengths are log-normal (sigma 0.8), `mean` on average, at most `longest`."""
     rng = random.Random(seed)
     out = []
@@ -83,7 +84,7 @@ def rollouts(n, mean, longest, vocab, prompt=64, seed=0):
 
 
 class Stopwatch:
-    """Turns of named variants -> medians. `amount` per turn makes a rate of it."""
+    """Turns of named variants -> medians of their seconds."""
 
     def __init__(self, repeats, rank):
         self.repeats, self.rank, self.seconds = repeats, rank, {}
@@ -139,7 +140,7 @@ def padded_pack(rows, device, bucket=0):
         ids += seq + [0] * (longest - len(seq))
         pos += range(longest)
     if not rows:
-        return policy_module.pack(rows, device)
+        return pack(rows, device)
     cu = torch.arange(0, len(ids) + 1, longest, dtype=torch.int32, device=device)
     as_tensor = {"input_ids": [ids], "position_ids": [pos], "index": index, "targets": targets}
     return {k: torch.tensor(v, device=device) for k, v in as_tensor.items()} | {"cu_seqlens": cu, "max_len": longest}
@@ -170,9 +171,9 @@ def bench_update(b):
     if not b.cfg.compile:
         variants["update, padded to the longest"] = optimizer_step(b, b.rows, norms, "padded", padded_pack, mine=padded)
     b.clock.turns(variants)
-    b.row("update", b.tokens, "tokens/s", flops=3 * b.flops)
+    b.row("update", flops=3 * b.flops)
     if not b.cfg.compile:
-        b.row("update, padded to the longest", b.tokens, "tokens/s")
+        b.row("update, padded to the longest")
         b.note("update packed / padded, tokens/s", b.clock.ratio("update, padded to the longest", "update"))
         b.note("gradient norm padded / packed - 1", norms["padded"] / norms["packed"] - 1)
 
@@ -194,7 +195,7 @@ def bench_score(b):
     cuts = {name: micro_batches(rows, b.cfg, b.rank, b.world) for name, rows in (("all", b.rows), ("branches", branches))}
     b.clock.turns({"log-prob pass": lambda: b.policy.score(cuts["all"], 1.0),
                    "log-prob pass, reuse_entropy_logp": lambda: b.policy.score(cuts["branches"], 1.0)})  # fmt: skip
-    b.row("log-prob pass", b.tokens, "tokens/s", flops=b.flops)
+    b.row("log-prob pass", flops=b.flops)
     ratio = b.clock.ratio("log-prob pass, reuse_entropy_logp", "log-prob pass")
     b.note("log-prob pass, seconds with reuse_entropy_logp / without", ratio)
 
@@ -226,12 +227,13 @@ def head_once(kind, T, D, V, chunk, repeats):
     for _ in range(repeats):
         start = time.perf_counter()
         if kind == "chunked":
-            logp, entropy = logp_and_entropy(hidden, weight, tokens, 1.0, chunk)
+            logp, _ = logp_and_entropy(hidden, weight, tokens, 1.0, chunk)
         else:
             logq = (hidden @ weight.t()).float().log_softmax(-1)
             logp = logq.gather(-1, tokens[:, None])[:, 0]
-            entropy = -(logq.exp() * logq).sum(-1)
-        (logp.sum() + entropy.detach().sum()).backward()
+            with torch.no_grad():
+                (-logq.exp() * logq).sum(-1)  # the entropy
+        logp.sum().backward()
         hidden.grad = weight.grad = None
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -240,8 +242,11 @@ def head_once(kind, T, D, V, chunk, repeats):
 
 
 def peak_gib(device):
-    """The most memory so far: of the GPU, or of this process."""
-    return cure.peak_memory() if device.type == "cpu" else torch.cuda.max_memory_allocated() / 2**30
+    """The most memory so far: of the GPU, or of this process (Linux; ru_maxrss would start at the parent's)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) for line in f if line.startswith("VmHWM")) / 2**20
 
 
 def bench_head(b):
@@ -254,7 +259,7 @@ def bench_head(b):
             job = {"kind": kind, "T": b.args.head_tokens, "D": b.config.hidden_size, "V": b.config.vocab_size,
                    "chunk": b.cfg.head_chunk, "repeats": 3}  # fmt: skip
             script = "import bench, json, sys; print(json.dumps(bench.head_once(**json.loads(sys.argv[1]))))"
-            p = subprocess.run([sys.executable, "-c", script, json.dumps(job)], capture_output=True, text=True, check=True,
+            p = subprocess.run([sys.executable, "-c", script, json.dumps(job)], stdout=subprocess.PIPE, text=True, check=True,
                                cwd=cure.HERE)  # fmt: skip
             seen.append(json.loads(p.stdout.splitlines()[-1]))
     middle = {k: {x: statistics.median(s[x] for s in seen) for x in ("seconds", "gib")} for k, seen in found.items()}
@@ -305,7 +310,7 @@ def bench_rollout(b):
 
 # --------------------------------------------------------------------------------------------------------------- the small ones
 def bench_verifier(b):
-    """16,384 ordinary rows, as many as a step of 512 prompts has, and twice that."""
+    """16,384 ordinary rows: a round of 1024 prompts x 16."""
     rng, pool = random.Random(0), VerifierPool()
     filler = "We add the two numbers and simplify the result step by step. " * 40
     answers = [(rng.randrange(1000), rng.randrange(1000)) for _ in range(16384)]
@@ -335,8 +340,8 @@ class Bench:
         self.clock, self.notes, self._engines = Stopwatch(args.repeats, rank), {}, None
         self.rows = rollouts(args.rollouts, args.mean, args.longest, config.vocab_size)
         lengths = [packed_length(r) for r in self.rows]
-        self.tokens = sum(lengths)
-        self.flops = forward_flops(config, lengths, sum(len(r.response_ids) for r in self.rows))
+        self.tokens, self.trained = sum(lengths), sum(len(r.response_ids) for r in self.rows)
+        self.flops = forward_flops(config, lengths, self.trained)
 
     @property
     def policy(self):
@@ -361,9 +366,10 @@ class Bench:
         if self.rank == 0:
             print(*text, file=sys.stderr)
 
-    def row(self, name, amount, unit, flops=0):
+    def row(self, name, flops=0):
+        """Response tokens a second and rank, and what the hardware makes of it."""
         seconds = self.clock.median(name)
-        self.note(f"{name}, {unit}", amount / seconds)
+        self.note(f"{name}, response tokens/s and rank", self.trained / seconds / self.world)
         if flops:
             self.note(f"{name}, TFLOP/s and rank", flops / seconds / self.world / 1e12)
             if peak := peak_flops():
@@ -389,6 +395,8 @@ def main(argv):
     small = ["n1=2", "n2=3", "prompts_per_step=4", "prompts_per_minibatch=4", "max_prompt_tokens=256", "max_response_tokens=64",
              "micro_batch_tokens=4096"]  # fmt: skip
     (_, cfg), *_ = load_config([*([] if args.real else small), *rest])
+    if args.longest + PROMPT > cfg.micro_batch_tokens:
+        parser.error(f"--longest: {args.longest} and a prompt of {PROMPT} are over micro_batch_tokens={cfg.micro_batch_tokens}")
     rank, world, device = init_distributed()
     with tempfile.TemporaryDirectory() as tmp:
         path = cfg.model if args.real else gather([tmp])[0]
@@ -409,7 +417,8 @@ def main(argv):
             print(f"{name:{width}s}  {value:>12,.4g}")
         meta = {"shape": path if args.real else args.shape, "ranks": world, "threads": torch.get_num_threads(),
                 "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", "torch": torch.__version__,
-                "rollouts": args.rollouts, "tokens": b.tokens, "longest": max(map(packed_length, b.rows)),
+                "rollouts": args.rollouts, "tokens": b.tokens, "response tokens": b.trained,
+                "longest": max(map(packed_length, b.rows)),
                 "micro_batch_tokens": cfg.micro_batch_tokens, "repeats": args.repeats}  # fmt: skip
         print(json.dumps(meta | b.notes))
 

@@ -72,7 +72,6 @@ def save(run, cfg, stream, final):
         with open(f"{tmp}/{SUMS}", "w") as f:
             f.writelines(f"{digest}  {file}\n" for file, digest in sorted(sums.items()))
         publish(root, tmp, name)
-        prune(root, name, cfg.keep_ckpts, cfg.keep_hf)
 
     try:
         everywhere(begin if run.rank == 0 else None)
@@ -83,54 +82,56 @@ def save(run, cfg, stream, final):
     except RuntimeError as e:
         if run.rank == 0:
             shutil.rmtree(tmp, ignore_errors=True)
-            last = latest(root)
-        else:
-            last = None
-        last = gather([last])[0]
+        last = gather([latest(root)])[0]
         raise RuntimeError(
             f"step {s['step']}: no checkpoint could be written in {root}: {e}. It needs {need / 2**30:.3g} GiB. "
             + (f"{last} is complete: the same command goes on from there" if last else "There is none to go on from")
         ) from e
+    if run.rank == 0:
+        try:
+            prune(root, name, cfg.keep_ckpts, cfg.keep_hf)
+        except OSError as e:  # the new one is there: no reason to end the run
+            run.print(f"WARNING: old checkpoints could not be removed: {e}")
 
 
 def publish(root, tmp, name):
-    """Rename a complete folder to its name, then let ckpt/latest say so. Synced in this order."""
+    """Rename a complete folder to its name, then let ckpt/latest say so; each is on the disk before the next."""
     sync_folders(tmp)
     path = f"{root}/{name}"
     if os.path.exists(path):  # a run resumed from an older checkpoint comes by once more
         shutil.rmtree(f"{root}/{TMP}old", ignore_errors=True)
         os.rename(path, f"{root}/{TMP}old")
     os.rename(tmp, path)
+    sync_folders(root, deep=False)
     point_at(root, name)
     shutil.rmtree(f"{root}/{TMP}old", ignore_errors=True)
 
 
 def point_at(root, name):
     """Let ckpt/latest name this checkpoint, in one atomic step."""
-    with open(f"{root}/{TMP}latest", "w") as f:
-        f.write(name)
-    sha256(f"{root}/{TMP}latest", sync=True)
-    os.replace(f"{root}/{TMP}latest", f"{root}/latest")
+    replace_file(f"{root}/latest", name)
     sync_folders(root, deep=False)
 
 
 def prune(root, newest, keep, keep_hf):
-    """Delete old checkpoints: the `keep` last ones, every stage end and `newest` stay; keep_hf spares the hf folders.
+    """Delete old checkpoints: the `keep` last ones up to `newest` and every stage end stay; keep_hf spares the hf folders.
     Each part moves aside in one step before it is deleted, so that what is there is whole."""
-    resumable = sorted(d for d in os.listdir(root) if os.path.exists(f"{root}/{d}/meta.json"))  # by name is by step
+    resumable = sorted(d for d in os.listdir(root) if os.path.exists(f"{root}/{d}/meta.json") and d <= newest)  # by step
     for name in resumable[:-keep]:
-        if name != newest and not read_json(f"{root}/{name}/meta.json")["stage_done"]:
-            for part in ["meta.json", SUMS, "state"] if keep_hf else [""]:
-                os.rename(f"{root}/{name}/{part}".rstrip("/"), f"{root}/{TMP}gone")
-                delete(f"{root}/{TMP}gone")
+        if not read_json(f"{root}/{name}/meta.json")["stage_done"]:
+            for part in ["meta.json", SUMS, "state"] if keep_hf else ["."]:
+                if os.path.exists(path := os.path.normpath(f"{root}/{name}/{part}")):
+                    os.rename(path, f"{root}/{TMP}gone")
+                    delete(f"{root}/{TMP}gone")
 
 
 def tidy(root, resumed):
-    """At the start of a run: remove what a killed one left half-written or half-deleted, and, unless it is resumed, all."""
-    for d in os.listdir(root):
-        if d.startswith(TMP) or not resumed:
+    """At the start of a run: remove what a killed one left half-written or half-deleted, and, unless it is resumed, all its
+    checkpoints; nothing that is not ours."""
+    for d in sorted(os.listdir(root)):  # `latest` before the folders that it may name
+        if d.startswith(TMP) or not resumed and (d == "latest" or d.startswith("step_")):
             delete(f"{root}/{d}")
-        elif os.path.isdir(f"{root}/{d}") and not os.path.exists(f"{root}/{d}/meta.json"):  # killed while pruning
+        elif d.startswith("step_") and not os.path.exists(f"{root}/{d}/meta.json"):  # killed while pruning
             for part in (SUMS, "state"):
                 delete(f"{root}/{d}/{part}")
 
@@ -146,7 +147,8 @@ def delete(path):
 # ----------------------------------------------------------------------------------------------------------------------- read
 def find(run, cfg):
     """The checkpoint to resume from, complete and undamaged, or None. A run resumes itself, with the config it was made
-    with; resume=FOLDER takes any. ValueError otherwise. A collective: the ranks share the checking."""
+    with; resume=FOLDER takes any, into a folder without a run. ValueError otherwise. A collective: the ranks share the
+    checking."""
     folder, name = cfg.resume, None
     if cfg.resume == "never":
         return None
@@ -170,7 +172,17 @@ def find(run, cfg):
                          "to start from its weights: init_from=…/hf and another out_dir")  # fmt: skip
     if cfg.resume == "auto":
         refuse_changes(run, folder)
+    elif not own(run, folder):
+        if latest(f"{run.out}/ckpt"):
+            raise ValueError(f"resume: {run.out} has a run already: choose another out_dir, or resume=auto goes on with that one")
+        if meta["stage_done"] and meta["stage"] == names[-1]:
+            raise ValueError(f"resume: {folder!r} is the end of the last stage; to start from its weights: init_from={folder}/hf")
     return folder
+
+
+def own(run, folder):
+    """Whether a checkpoint is one of this run's own folder."""
+    return os.path.dirname(os.path.abspath(folder)) == os.path.abspath(f"{run.out}/ckpt")
 
 
 def refuse_changes(run, folder):
@@ -179,11 +191,16 @@ def refuse_changes(run, folder):
         f"choose another out_dir, or resume=never to start over, or resume={folder} to go on with the change")  # fmt: skip
     if list(saved) != (names := [n for n, _ in run.stages]):
         raise ValueError(f"stages: the run in {run.out} has the stages {', '.join(saved)}, now {', '.join(names)}; {advice}")
+    changes = {}  # (key, old, new) -> stages
     for name, cfg in run.stages:
-        old, new = {**vars(Config()), **saved[name]}, vars(cfg)
-        if diff := [k for k in new if k not in FREE_KEYS and k in old and old[k] != new[k]]:
-            was, now = (", ".join(f"{k}={v[k]!r}" for k in diff) for v in (old, new))
-            raise ValueError(f"{', '.join(diff)}: the run in {run.out} was made with {was} (stage {name}), now {now}; {advice}")
+        old = {**vars(Config()), **saved[name]}
+        for key, value in vars(cfg).items():
+            if key not in FREE_KEYS and old[key] != value:
+                changes.setdefault((key, repr(old[key]), repr(value)), []).append(name)
+    if changes:
+        keys = ", ".join(dict.fromkeys(key for key, _, _ in changes))
+        said = "; ".join(f"{key} was {old}, is {new} ({', '.join(names)})" for (key, old, new), names in changes.items())
+        raise ValueError(f"{keys}: not as in the run in {run.out}: {said}; {advice}")
 
 
 def damaged(folder, run):
@@ -203,29 +220,34 @@ def damaged(folder, run):
 
 
 def load(run, path):
-    """Restore state, weights and Adam's moments from a checkpoint that find() has checked, at any rank count, and cut the
-    run's logs back to it. A collective."""
+    """Restore state, weights and Adam's moments from a checkpoint that find() has checked, at any rank count. Reads only.
+    A collective."""
     run.state = read_json(f"{path}/meta.json")
+    run.policy.new_optimizer(dict(run.stages)[run.state["stage"]])  # betas and weight decay may be the stage's own
     if not run.state["stage_done"]:
         run.policy.prepare_adam(run.state["adam_step"])
     dcp.load(run.policy.state(), storage_reader=HuggingFaceStorageReader(f"{path}/state"))
-    root = f"{run.out}/ckpt"
-    if run.rank == 0 and os.path.dirname(os.path.abspath(path)) == os.path.abspath(root):
-        for name, size in run.state["files"].items():  # lines after the checkpoint will be written again
-            log = f"{run.out}/{name}"
-            have = os.path.getsize(log) if os.path.exists(log) else 0
-            if have > size:
-                os.truncate(log, size)
-            elif have < size:
-                run.print(f"WARNING: {log} has {have} bytes, {size} when the checkpoint was written: lines are missing")
-        point_at(root, os.path.basename(os.path.abspath(path)))  # an older one, named by resume=FOLDER, is now the newest
+
+
+def rewind(run, path):
+    """Cut the run's logs back to its own checkpoint at `path`, and let `latest` name that. On rank 0, under the lock."""
+    for name, size in run.state["files"].items():  # lines after the checkpoint will be written again
+        log = f"{run.out}/{name}"
+        have = os.path.getsize(log) if os.path.exists(log) else 0
+        if have > size:
+            os.truncate(log, size)
+        elif have < size:
+            run.print(f"WARNING: {log} has {have} bytes, {size} when the checkpoint was written: lines are missing")
+    point_at(f"{run.out}/ckpt", os.path.basename(os.path.abspath(path)))  # resume=FOLDER may have named an older one
 
 
 # ---------------------------------------------------------------------------------------------------------------------- files
 def latest(root):
-    """The name that ckpt/latest gives, or None where there is none."""
+    """The name that ckpt/latest gives. Without it (killed between the rename and the pointer of the first save, or not copied
+    along) the last complete folder, or None."""
     if not os.path.exists(f"{root}/latest"):
-        return None
+        complete = [d for d in os.listdir(root) if os.path.exists(f"{root}/{d}/{SUMS}")] if os.path.isdir(root) else []
+        return max((d for d in complete if d.startswith("step_")), default=None)
     with open(f"{root}/latest", errors="replace") as f:
         return f.read().strip()
 
@@ -265,6 +287,16 @@ def synced_size(path):
     os.fsync(fd)
     os.close(fd)
     return os.path.getsize(path)
+
+
+def replace_file(path, text):
+    """Write a small file as a whole: a reader, or a killed run, finds the old one or the new one."""
+    folder, name = os.path.split(path)
+    with open(f"{folder}/{TMP}{name}", "w") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(f"{folder}/{TMP}{name}", path)
 
 
 def read_json(path):

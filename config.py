@@ -81,7 +81,7 @@ class Config:
     compile: bool = False  # torch.compile every block, packed inputs padded to a few static shapes (policy.pack)
     engine_rows: int = 256  # torch engine: sequences decoded together
     engine_kv_mib: int = 256  # vllm on CPU: KV cache
-    gpu_memory_utilization: float = 0.0  # vllm on CUDA: share of the GPU; 0 = derived (policy.engine_share)
+    gpu_memory_utilization: float = 0.0  # vllm on CUDA: share of the GPU; 0 = derived (plan.engine_share)
     prefix_caching: bool = True  # vllm
     max_logp_gap: float = 0.0  # stop when mean |logp trainer - engine| exceeds it; 0 = 1e-3 in fp32, 3 x the first gap in bf16
     seed: int = 0

@@ -375,6 +375,8 @@ def _setup(argv, train):
     if resume:
         run.state = checkpoint.read_json(f"{resume}/meta.json")
         if run.finished:
+            if run.rank == 0:
+                checkpoint.tidy(f"{run.out}/ckpt", resumed=True)
             return run
     path = first.init_from or first.model
     run.tokenizer, gen_eos = load_tokenizer(path)
@@ -415,7 +417,7 @@ def _setup(argv, train):
         checkpoint.load(run, resume)
         run.print(f"resumed from step {run.state['step']} ({run.state['stage']} {run.state['stage_step']}, {resume})")
     if train:
-        everywhere((lambda: start_files(run, bool(resume))) if run.rank == 0 else None, ValueError)
+        everywhere((lambda: start_files(run, resume)) if run.rank == 0 else None, ValueError)
     return run
 
 
@@ -469,7 +471,8 @@ def make_engine(run, path, stop_ids):
     longest = max(c.max_prompt_tokens + c.max_response_tokens for _, c in run.stages)
     share = None
     if run.device.type == "cuda":
-        share, report = engine_share(cfg, load_hf_config(path), run.world, torch.cuda.mem_get_info()[1])
+        widest = max((c for _, c in run.stages), key=lambda c: c.max_prompt_tokens + c.max_response_tokens)
+        share, report = engine_share(widest, load_hf_config(path), run.world, torch.cuda.mem_get_info()[1])
         run.print(report)
     return rollout.VLLMEngine(cfg, path, run.device, dtype, stop_ids, longest, share)
 
@@ -506,8 +509,9 @@ def make_toy_base(run, folder):
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "ROLE_RANK")
 
 
-def start_files(run, resumed):
-    """Run folder: the lock, leftovers removed, resolved config, versions, empty logs unless resumed. On rank 0."""
+def start_files(run, resume):
+    """Run folder: the lock, leftovers removed, logs cut back to the checkpoint `resume`, or empty, resolved
+    config, versions. On rank 0."""
     try:
         os.makedirs(f"{run.out}/ckpt", exist_ok=True)
         run.lock = open(f"{run.out}/.lock", "w")  # held while it is open, gone with the process however that ends
@@ -519,17 +523,18 @@ def start_files(run, resumed):
         if not hasattr(run, "lock"):
             raise ValueError(f"out_dir: {run.out}: {e.strerror}") from e
         run.print(f"out_dir: this file system has no locks ({e.strerror}): do not start the same run twice")
-    checkpoint.tidy(f"{run.out}/ckpt", resumed)
-    for log in () if resumed else LOGS:
-        open(f"{run.out}/{log}", "w").close()
+    checkpoint.tidy(f"{run.out}/ckpt", bool(resume))
+    if resume and checkpoint.own(run, resume):
+        checkpoint.rewind(run, resume)
+    else:
+        for log in LOGS:
+            open(f"{run.out}/{log}", "w").close()
     base = vars(run.stages[0][1])
     stages = {n: {k: v for k, v in vars(c).items() if v != base[k] and k != "name"} for n, c in run.stages}
     resolved = {**{k: v for k, v in base.items() if k != "name"}, "stages": stages}
-    OmegaConf.save(OmegaConf.create(resolved), f"{run.out}/config.yaml")
-    with open(f"{run.out}/stages.json", "w") as f:
-        json.dump({n: vars(c) for n, c in run.stages}, f, indent=1)
-    with open(f"{run.out}/versions.json", "w") as f:
-        json.dump(versions(run), f, indent=1)
+    checkpoint.replace_file(f"{run.out}/config.yaml", OmegaConf.to_yaml(OmegaConf.create(resolved)))
+    checkpoint.replace_file(f"{run.out}/stages.json", json.dumps({n: vars(c) for n, c in run.stages}, indent=1))
+    checkpoint.replace_file(f"{run.out}/versions.json", json.dumps(versions(run), indent=1))
 
 
 def versions(run):

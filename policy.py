@@ -195,6 +195,8 @@ class Policy:
         self.bucket = -(-cfg.micro_batch_tokens // 8) if cfg.compile else 0
         mesh = init_device_mesh(device.type, (self.world,))
         mp = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32)
+        if cfg.compile:  # shapes x (scoring, training); past the default limit of 8 a shape would run eager, unasked
+            torch._dynamo.config.recompile_limit = 128
         for block in lm.base_model.layers:
             if cfg.compile:
                 block.compile(dynamic=False)

@@ -66,10 +66,12 @@ def odd(tmp_path_factory):
                    intermediate_size=80)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cpu():
-    """A process group of one on the CPU, as policy.init_distributed makes it; its variables do not leak to children."""
+    """A process group of one on the CPU, as policy.init_distributed makes it; its variables do not leak to children. Of one
+    module: cure.main, which other modules call, ends the group that it finds."""
     import torch
+    import torch.distributed as dist
 
     import policy
     before = {k: os.environ.pop(k, None) for k in LAUNCHER}
@@ -80,7 +82,8 @@ def cpu():
         os.environ.pop(k, None)
         os.environ.update({} if v is None else {k: v})
     assert (rank, world, device.type) == (0, 1, "cpu")
-    return device
+    yield device
+    dist.destroy_process_group()
 
 
 def largest(*numbers):
@@ -198,7 +201,7 @@ def config(tiny, tmp_path_factory):
     keys = "\n".join(f"{k}: {v}" for k, v in (kv.split("=") for kv in TINY))
     path.write_text(
         f"model: {tiny[0]}\ndata: {tiny[1]}\neval_data: {tiny[1]}\neval_prompts: 6\neval_n: 4\n{keys}\n"
-        "stages:\n  stage1: {steps: 3, n1: 2, n2: 3}\n  stage2: {steps: 3, n1: 8, n2: 0}\n"
+        "stages:\n  stage1: {steps: 3, n1: 2, n2: 3}\n  stage2: {steps: 3, n1: 8, n2: 0, betas: [0.8, 0.95], weight_decay: 0.3}\n"
     )
     return str(path)
 

@@ -3,7 +3,7 @@ own, to be killed or limited, without the seconds that importing torch takes. On
 
     {"argv": […], "log": file, "ranks": 1, "port": 0, "kill_after": seconds, "kill_at": k, "limit": {"1": bytes}, "signal_at": 2}
 
-kill_after: SIGKILL after that time. kill_at: SIGKILL before the k-th operation on a file under ckpt/. limit: RLIMIT_FSIZE of a
+kill_after: SIGKILL after that time. kill_at: SIGKILL before the k-th operation on a file of the run. limit: RLIMIT_FSIZE of a
 rank. signal_at: SIGTERM to all ranks when that step is described. The reply: exit codes (negative: signals) and seconds."""
 import json
 import os
@@ -27,10 +27,10 @@ def rank_process(job, rank):
                           MASTER_PORT=str(job["port"]))  # fmt: skip
     if limit := job.get("limit", {}).get(str(rank)):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    count = [0]
+    count, out = [0], next(a.removeprefix("out_dir=") for a in job["argv"] if a.startswith("out_dir="))
 
     def hook(event, args):
-        if event in OPERATIONS and args and isinstance(args[0], str) and "/ckpt/" in args[0]:
+        if event in OPERATIONS and args and isinstance(args[0], str) and args[0].startswith(out):
             count[0] += 1
             if count[0] == job.get("kill_at"):
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -49,7 +49,7 @@ def rank_process(job, rank):
     code = 1
     try:
         code = cure.main(job["argv"])
-        print("operations on ckpt files:", count[0])
+        print("operations on the run's files:", count[0])
     except SystemExit as e:
         code = e.code
     except BaseException:

@@ -28,7 +28,8 @@ SMALL = ["--shape", "toy", "--repeats", "1", "--rollouts", "8", "--mean", "20", 
 def test_every_part_leaves_its_numbers(ranks):
     out = run(*SMALL, *(["--only", "update,scaling,score,rollout,sync,balance"] if ranks == 1 else []), ranks=ranks)
     assert out["ranks"] == ranks and out["tokens"] > 0
-    for name in ("update, tokens/s", "log-prob pass, tokens/s", "update, TFLOP/s and rank", "torch round 2, generated tokens/s"):
+    for name in ("update, response tokens/s and rank", "log-prob pass, response tokens/s and rank", "update, TFLOP/s and rank",
+                 "torch round 2, generated tokens/s"):
         assert out[name] > 0, name
     assert abs(out["gradient norm padded / packed - 1"]) < 1e-5
     assert abs(out["gradient norm with half the head_chunk / whole - 1"]) < 1e-6

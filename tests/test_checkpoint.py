@@ -96,7 +96,8 @@ def test_a_run_resumes_on_another_rank_count_with_the_same_tokens(whole, config,
     assert run(*argv(config, tmp_path), ranks=1).codes == [0]
     for m, w in zip(train_lines(tmp_path), train_lines(whole), strict=True):
         assert m["tokens/generated"] == w["tokens/generated"]
-        assert m["actor/grad_norm"] == pytest.approx(w["actor/grad_norm"], rel=1e-5)
+        # sums in another order, 1e-7, which Adam makes 2e-5 in three steps where the gradient is next to nothing
+        assert m["actor/grad_norm"] == pytest.approx(w["actor/grad_norm"], rel=1e-4)
 
 
 def test_sigterm_to_all_ranks_ends_the_run_after_the_step_with_exit_0(whole2, config, run, tmp_path):
@@ -145,14 +146,14 @@ def test_noise_in_every_global_generator_changes_nothing(whole, config, tmp_path
 # ---------------------------------------------------------------------------------------------------------------- kill -9
 @pytest.fixture(scope="session")
 def uninterrupted(config, run, tmp_path_factory):
-    """(seconds, operations on checkpoint files) of a run that saves every step."""
+    """(seconds, operations on files) of a run that saves every step."""
     out = run(*argv(config, tmp_path_factory.mktemp("saves"), "save_every=1"))
     assert out.codes == [0], out.printed
-    return out.seconds, int(re.search(r"operations on ckpt files: (\d+)", out.printed).group(1))
+    return out.seconds, int(re.search(r"operations on the run's files: (\d+)", out.printed).group(1))
 
 
 def kill_and_resume(moment, config, run, out, uninterrupted, whole):
-    """Killed at a random moment, one in three by the clock, the others right before an operation on a file of a checkpoint."""
+    """Killed at a random moment, one in three by the clock, the others right before an operation on a file of the run."""
     seconds, operations = uninterrupted
     rng = random.Random(moment)
     when = {"kill_after": rng.uniform(0, seconds)} if moment % 3 == 0 else {"kill_at": rng.randint(1, operations)}
@@ -299,12 +300,56 @@ def test_lines_missing_from_a_log_are_said(whole, config, tmp_path, capsys):
 # ------------------------------------------------------------------------------------------------------------- one at a time
 def test_two_runs_do_not_write_to_one_folder(config, run, tmp_path):
     import fcntl
-    (tmp_path / "run").mkdir()
+    assert run(*argv(config, tmp_path / "run", "max_steps=2")).codes == [0]
+    with open(tmp_path / "run/metrics.jsonl", "a") as f:
+        f.write('{"step": 3}\n')                        # the first run is past its checkpoint
+    before = (tmp_path / "run/metrics.jsonl").read_text()
     with open(tmp_path / "run/.lock", "w") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX)
         out = run(*argv(config, tmp_path / "run"), ranks=2)
     assert out.codes == [2, 2] and "out_dir: " in out.printed and "another run is writing there" in out.printed
-    assert run(*argv(config, tmp_path / "run", "max_steps=1")).codes == [0]
+    assert (tmp_path / "run/metrics.jsonl").read_text() == before, "the run that is refused touches nothing"
+    assert run(*argv(config, tmp_path / "run", "max_steps=3")).codes == [0]
+
+
+def test_another_runs_checkpoint_goes_on_in_a_folder_of_its_own(whole, config, run, tmp_path):
+    foreign = whole / "ckpt/step_000003"
+    out = run(*argv(config, tmp_path / "new", f"resume={foreign}"))
+    assert out.codes == [0] and "resumed from step 3" in out.printed
+    assert [m["step"] for m in train_lines(tmp_path / "new")] == [4, 5, 6]
+    assert numbers(tmp_path / "new") == numbers(whole)[-4:], "three steps and the evaluation at the end"
+    taken = run(*argv(config, tmp_path / "new", f"resume={foreign}"))
+    assert taken.codes == [2] and "resume: " in taken.printed and "has a run already" in taken.printed
+    done = run(*argv(config, tmp_path / "other", f"resume={whole / 'ckpt/step_000006'}"))
+    assert done.codes == [2] and "is the end of the last stage" in done.printed and not (tmp_path / "other").exists()
+
+
+def test_an_older_checkpoint_of_the_run_itself_is_gone_back_to(whole, config, run, tmp_path):
+    assert run(*argv(config, tmp_path, "save_every=1", "keep_ckpts=9")).codes == [0]
+    out = run(*argv(config, tmp_path, f"resume={tmp_path}/ckpt/step_000002", "save_every=1"))
+    assert out.codes == [0] and "resumed from step 2" in out.printed
+    same_as_whole(tmp_path, whole)
+
+
+def test_only_our_own_files_are_removed_and_a_lost_pointer_is_no_lost_run(whole, config, run, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run/ckpt/latest").unlink()
+    (tmp_path / "run/ckpt/mine").mkdir()
+    (tmp_path / "run/ckpt/mine/notes.txt").write_text("keep me")
+    assert "finished already" in run(*argv(config, tmp_path / "run")).printed
+    assert run(*argv(config, tmp_path / "run", "resume=never", "max_steps=1")).codes == [0]
+    assert (tmp_path / "run/ckpt/mine/notes.txt").read_text() == "keep me"
+    assert sorted(os.listdir(tmp_path / "run/ckpt")) == ["latest", "mine", "step_000001"]
+
+
+def test_old_checkpoints_that_cannot_be_removed_do_not_end_the_run(config, tmp_path, monkeypatch, capsys):
+    def refuse(*args):
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(checkpoint, "prune", refuse)
+    cure.main(argv(config, tmp_path, "max_steps=1"))
+    assert "WARNING: old checkpoints could not be removed: not yours" in capsys.readouterr().out
+    assert checkpoint.latest(tmp_path / "ckpt") == "step_000001"
 
 
 def test_changed_keys_are_all_named_with_both_values_and_free_ones_are_not(whole, config, tmp_path, capsys):
@@ -313,8 +358,8 @@ def test_changed_keys_are_all_named_with_both_values_and_free_ones_are_not(whole
     with pytest.raises(SystemExit) as e:
         cure.main(argv(config, tmp_path / "run", *changes))
     err = capsys.readouterr().err
-    assert e.value.code == 2 and err.startswith("error: clip_high, micro_batch_tokens: the run in ")
-    assert all(x in err for x in ("clip_high=0.28", "clip_high=0.3", "micro_batch_tokens=128", "micro_batch_tokens=256"))
+    assert e.value.code == 2 and err.startswith("error: clip_high, micro_batch_tokens: not as in the run in ")
+    assert "clip_high was 0.28, is 0.3 (stage1, stage2); micro_batch_tokens was 128, is 256 (stage1, stage2)" in err
     assert "eval_every" not in err and err.count("\n") == 1
     torch.distributed.destroy_process_group()
     with pytest.raises(SystemExit):

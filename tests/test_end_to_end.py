@@ -149,7 +149,7 @@ def test_a_changed_config_is_refused_by_name(whole, config, capsys):
     with pytest.raises(SystemExit) as e:
         cure.main(["--config", config, f"out_dir={whole}", "clip_high=0.3", "samples_per_step=0"])
     assert e.value.code == 2
-    assert "clip_high: the run in" in (err := capsys.readouterr().err) and "0.28" in err and "0.3" in err
+    assert "clip_high: not as in the run in" in (err := capsys.readouterr().err) and "0.28" in err and "0.3" in err
 
 
 def test_one_stage_runs_alone_from_given_weights(whole, config, tmp_path):
