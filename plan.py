@@ -16,7 +16,8 @@ longer than the computation it hides behind (PCIe). Activation checkpointing run
 is not in the FLOPs shown (those are useful ones: 3 forwards an update).
 
 Published for 7B, stage 1, 8 x H100, responses of 1000: update 406 PFLOP, 128 s (ours, without checkpointing: 402, 129 s); old
-log-probs 34-49 s (42), entropy pass 17-24 s (22), both the range of MFU 0.5 to 0.35; decoding 25-35 s, which is the floor (26 s).
+log-probs 34-49 s (42), entropy pass 17-24 s (22), both the range of MFU 0.5 to 0.35; decoding 25-35 s, which is the floor (31 s;
+27 s in whole rounds, prompts_per_chunk=0).
 """
 
 import math
@@ -207,13 +208,15 @@ class Phase(NamedTuple):
 
 
 def batches(cfg):
-    """One training step -> (rounds, base and branch batches of one round, base and branch batches that are trained on)."""
+    """One training step -> (chunks, prompts of one, its base and branch batches, base and branch batches that are trained on).
+    A round is sampled in equal chunks, here, and ends with the one that fills the step (rollout.collect)."""
     prompt = min(MEAN_PROMPT, max(1, cfg.max_prompt_tokens // 2))
     response = cfg.plan_mean_response or max(1, min(1000, int(0.4 * cfg.max_response_tokens)))
     if cfg.kind == "sft":
-        return 0, [], [Batch(cfg.prompts_per_step, prompt, response)]
-    rounds = min(cfg.max_rounds, math.ceil(cfg.prompts_per_step / (MIXED * cfg.prompts_per_round)))
-    kept = max(1, min(cfg.prompts_per_step, int(MIXED * rounds * cfg.prompts_per_round)))
+        return 0, 0, [], [Batch(cfg.prompts_per_step, prompt, response)]
+    chunk = math.ceil(cfg.prompts_per_round / math.ceil(cfg.prompts_per_round / (cfg.prompts_per_chunk or cfg.prompts_per_round)))
+    chunks = math.ceil(min(cfg.prompts_per_step / MIXED, cfg.max_rounds * cfg.prompts_per_round) / chunk)
+    kept = max(1, min(cfg.prompts_per_step, int(MIXED * chunks * chunk)))
     # critical=none starts branches at 0, clause=last a clause before the fork: as good as 0
     depth = int(DEPTH * response) if cfg.critical != "none" and cfg.clause == "prefix" else 0
     depth = min(depth, cfg.max_prompt_tokens - prompt)
@@ -222,7 +225,7 @@ def batches(cfg):
         out = [Batch(prompts * cfg.n1, prompt, response)]
         return out + ([Batch(prompts * cfg.n1 * cfg.n2, prompt + depth, response - depth)] if cfg.n2 else [])
 
-    return rounds, group(cfg.prompts_per_round), group(kept)
+    return chunks, chunk, group(chunk), group(kept)
 
 
 def pass_phase(name, config, cfg, gpu, world, parts, minibatches=1, update=False):
@@ -240,9 +243,9 @@ def pass_phase(name, config, cfg, gpu, world, parts, minibatches=1, update=False
     return Phase(name, sum(b.count for b in parts), 0, tokens, flops, *seconds)
 
 
-def decode_phase(name, config, cfg, gpu, world, batch, rounds, prefill):
-    """Generating `batch` in each of `rounds` rounds. prefill: requests of a round whose context has to be read first; the other
-    sequences find it in the cache."""
+def decode_phase(name, config, cfg, gpu, world, batch, chunks, prefill):
+    """Generating `batch` `chunks` times. prefill: requests of a chunk whose context has to be read first; the other sequences
+    find it in the cache."""
     s = model_sizes(config)
     mine, new = math.ceil(batch.count / world), batch.new
     mean = batch.context + (new + 1) / 2  # tokens in a sequence's cache when it is read, on average
@@ -259,23 +262,23 @@ def decode_phase(name, config, cfg, gpu, world, batch, rounds, prefill):
     expected = max(products / gpu.flops / MFU, weights / gpu.bandwidth / MBU) + cache / gpu.bandwidth / MBU + reading / MFU
     tokens = batch.count * new, batch.count * new + prefill * batch.context
     totals = *tokens, batch.count * flops + prefill * before, floor, expected
-    return Phase(name, rounds * batch.count, *(rounds * t for t in totals))
+    return Phase(name, chunks * batch.count, *(chunks * t for t in totals))
 
 
 def step_phases(cfg, config, gpu, world):
     """The phases of one training step, in order."""
-    rounds, sampled, kept = batches(cfg)
-    minibatches = math.ceil(kept[0].count / (cfg.n1 if rounds else 1) / cfg.prompts_per_minibatch)
+    chunks, prompts, sampled, kept = batches(cfg)
+    minibatches = math.ceil(kept[0].count / (cfg.n1 if chunks else 1) / cfg.prompts_per_minibatch)
     update = pass_phase("update", config, cfg, gpu, world, kept, minibatches, update=True)
-    if not rounds:
+    if not chunks:
         return [update]
     base, scored = sampled[0], cfg.n2 and cfg.critical != "none"
-    out = [decode_phase("generate base", config, cfg, gpu, world, base, rounds, cfg.prompts_per_round)]
+    out = [decode_phase("generate base", config, cfg, gpu, world, base, chunks, prompts)]
     if scored:
-        out.append(pass_phase("entropy pass", config, cfg, gpu, world, [base._replace(count=rounds * base.count)]))
+        out.append(pass_phase("entropy pass", config, cfg, gpu, world, [base._replace(count=chunks * base.count)]))
     if cfg.n2:  # with the cache, round 1 left prompt and prefix there
         prefill = 0 if cfg.prefix_caching else base.count
-        out.append(decode_phase("generate branches", config, cfg, gpu, world, sampled[1], rounds, prefill))
+        out.append(decode_phase("generate branches", config, cfg, gpu, world, sampled[1], chunks, prefill))
     parts = kept[1:] if cfg.reuse_entropy_logp and scored else kept
     return [*out, pass_phase("old log-probs", config, cfg, gpu, world, parts, minibatches), update]
 
@@ -377,11 +380,11 @@ def longest_stage(stages):
 
 def stage_report(name, cfg, steps, config, gpu, world):
     """-> (lines about one stage, its expected hours)."""
-    rounds, sampled, kept = batches(cfg)
+    chunks, prompts, _, kept = batches(cfg)
     trained = sum(b.count for b in kept)
     about = f"{trained} rows"
-    if rounds:
-        n = rounds * cfg.prompts_per_round
+    if chunks:
+        n = chunks * prompts
         about = f"{n} prompts x {cfg.group_size} = {n * cfg.group_size} rollouts, {trained} of them trained on"
     lines = ["", f"{name}, one of {steps} steps: {about}"]
     lines += [f"  {b.count} sequences of {b.context} tokens given + {b.new} new" for b in kept]

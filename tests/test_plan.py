@@ -136,6 +136,11 @@ def test_settings_that_change_the_work_change_the_phases():
     assert cut.generated == 12288 * (1000 - 220)                                 # a prefix never passes the prompt budget
     few = phases(qwen_7b(), "prompts_per_round=256")
     assert few["generate base"].sequences == 4 * 256 * 4                         # four rounds until half of them make 512
+    chunked, whole = (phases(qwen_7b(), f"prompts_per_chunk={n}")["generate base"] for n in (128, 0))
+    assert chunked.sequences == whole.sequences and chunked.flops == whole.flops    # 8 chunks of 128 prompts, 1 of 1024
+    assert chunked.floor > 2 * whole.floor                                          # weights are read for fewer sequences
+    surplus = phases(qwen_7b(), "prompts_per_step=320", "prompts_per_round=1000", "prompts_per_chunk=300")["generate base"]
+    assert surplus.sequences == 3 * 250 * 4                                         # 640 prompts are needed: 3 of 4 chunks
     starved = phases(qwen_7b(), "prompts_per_round=256", "max_rounds=2")
     assert starved["update"].sequences == 256 * 16
 

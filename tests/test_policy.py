@@ -239,14 +239,24 @@ def test_scoring_and_update_see_the_same_floats_so_the_first_ratio_is_exactly_on
 def test_compiled_blocks_give_the_same_gradient(odd, cpu):
     base, compiled = make(odd, micro_batch_tokens=512), make(odd, micro_batch_tokens=512, compile=True)
     rows = prepared(base, ragged(30, 5, 37, per_group=3))
-    loss_fn = token_mean(rows)
-    exact, _ = gradients(base, cut(rows, 512)[0], loss_fn)
+    loss_fn, mbs = token_mean(rows), cut(rows, 512)[0]
+    mbs = [mbs[0][:1], mbs[0][1:], *mbs[1:]]                # one bucket for a single short sequence, the last for full ones
+    lengths = {pack(mb, torch.device("cpu"), compiled.bucket)["input_ids"].shape[1] for mb in mbs}
+    assert len(lengths) > 1 and all(n % 64 == 0 for n in lengths), lengths
+    exact, _ = gradients(base, mbs, loss_fn)
     counters = torch._dynamo.utils.counters
     counters.clear()
-    gap = worst(gradients(compiled, cut(rows, 512)[0], loss_fn)[0], exact)
-    print(f"compiled against eager: {gap:.1e}")
-    assert counters["stats"]["unique_graphs"] > 0, "something was compiled"
-    assert gap <= 1e-5
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        gap = worst(gradients(compiled, mbs, loss_fn)[0], exact)
+        first = counters["stats"]["unique_graphs"]
+        scores = zip(compiled.score(mbs, 1.0), base.score(mbs, 1.0), strict=True)
+        apart = largest(np.abs(x[i] - y[i]).max() for x, y in scores for i in (0, 1))
+        again = counters["stats"]["unique_graphs"]
+        gradients(compiled, mbs, loss_fn)
+    print(f"compiled against eager: gradient {gap:.1e}, log-prob and entropy {apart:.1e}; {first} graphs, {len(lengths)} lengths")
+    assert first >= len(lengths), "every length was compiled"
+    assert counters["stats"]["unique_graphs"] == again, "a second update compiles nothing"
+    assert gap <= 1e-5 and apart <= 1e-5
 
 
 # ------------------------------------------------------------------------------------------------------- neighbour isolation
