@@ -31,7 +31,7 @@ import policy as policy_module
 from config import load_config
 from loss import logp_and_entropy, policy_loss
 from plan import forward_flops, peak_flops
-from policy import Policy, compute_dtype, init_distributed, pack, packed_length, partition
+from policy import Policy, compute_dtype, init_distributed, leave, pack, packed_length, partition
 from reward import VerifierPool
 from rollout import Rollout, Sampling, TorchEngine, VLLMEngine, gather, request_seed
 
@@ -424,4 +424,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

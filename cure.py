@@ -35,7 +35,7 @@ from eval import evaluate
 from loss import entropy_mask, group_advantages, mismatch, n_kept, policy_loss, token_weights, truncated_importance
 from plan import engine_share, forward_flops, peak_flops
 from plan import report as plan_report
-from policy import Policy, compute_dtype, init_distributed, packed_length, partition
+from policy import Policy, compute_dtype, init_distributed, leave, packed_length, partition
 from reward import VerifierPool, self_test
 from rollout import Rollout, Task, allowed_tokens, collect, gather, request_seed, timed
 
@@ -677,4 +677,4 @@ def train(run):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -13,6 +13,7 @@ from collections import Counter
 import numpy as np
 import torch.distributed as dist
 
+from policy import leave
 from rollout import Rollout, Sampling, gather, request_seed, score_rollouts, timed
 
 
@@ -106,4 +107,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    leave(main(sys.argv[1:]))

@@ -225,3 +225,4 @@ if __name__ == "__main__":                              # one rank
     for file in (test_policy, test_rollout):
         file.rank_job(*where, *sys.argv[1:])
     dist.destroy_process_group()
+    policy.leave()

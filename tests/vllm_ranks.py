@@ -15,7 +15,7 @@ import cure
 import data
 import rollout
 from config import Config
-from policy import init_distributed
+from policy import init_distributed, leave
 from rollout import Sampling, TorchEngine, VLLMEngine, gather, request_seed
 
 
@@ -119,3 +119,4 @@ if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     globals()[sys.argv[1]](*sys.argv[2:])
     dist.barrier()
+    leave()
