@@ -61,10 +61,7 @@ class _ChunkedHead(torch.autograd.Function):
                 z = p if g_entropy is None else z.add_(p)
             dz = z.div_(ctx.temperature).to(hidden.dtype)
             d_hidden[s] = dz @ weight
-            if dz.dtype == torch.float32:
-                d_weight.addmm_(dz.t(), hidden[s])  # in place: a (V, D) product less per chunk
-            else:
-                d_weight += (dz.t() @ hidden[s]).float()
+            d_weight += (dz.t() @ hidden[s]).float()
         return d_hidden, d_weight.to(weight.dtype), None, None, None
 
 
