@@ -324,11 +324,13 @@ def bench_verifier(b):
 
 
 def bench_balance(b):
-    """Tokens of the fullest rank over the mean, 512 rollouts in one minibatch."""
+    """Tokens of the fullest rank over the mean, 512 rollouts in one minibatch; and had they been dealt out in turn."""
     lengths = [packed_length(r) for r in rollouts(512, b.args.mean, b.args.longest, 1000)]
     for world in (2, 8):
         loads = [sum(lengths[i] for mb in rank for i in mb) for rank in partition(lengths, world, b.cfg.micro_batch_tokens)]
         b.note(f"balance of {world} ranks, most / mean tokens, 512 rollouts", max(loads) / statistics.mean(loads))
+        dealt = [sum(lengths[rank::world]) for rank in range(world)]
+        b.note(f"balance of {world} ranks, dealt out in turn", max(dealt) / statistics.mean(dealt))
 
 
 class Bench:

@@ -412,7 +412,7 @@ def report(stages, config):
     for name, c, steps in planned(stages):
         more, hours = stage_report(name, c, steps, config, gpu, world)
         lines, total = lines + more, total + hours
-    lines.append(f"all stages: expected {total:.1f} h = {total * world:.0f} GPU hours")
+    lines.append(f"all stages: expected {total:.1f} h = {total * world:.3g} GPU hours")
     awake, asleep = memory(cfg, config, gpu, world).values()
     lines += ["", f"{f'GiB of {gpu.memory} a GPU':22}{'engine awake,':>16}{'engine asleep,':>16}",
               f"{'':22}{'log-prob pass':>16}{'update':>16}"]

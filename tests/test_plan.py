@@ -421,3 +421,14 @@ def test_the_cache_holds_the_sequences_the_plan_says():
     cfg = stages()[0][1]
     tokens = engine_room(cfg, qwen_7b(), 8, GPUS["h100"].memory * GIB)[2]
     assert f"{tokens} tokens = {tokens // 4096} sequences of 4096" in plan.report(stages(), qwen_7b())
+
+
+def test_the_7b_configs_differ_in_the_method_only_and_fit(tmp_path, capsys):
+    """CURE, its control DAPO and 80/20: equal optimizer steps and groups, so that runs can be compared."""
+    qwen_7b().save_pretrained(tmp_path)
+    for name in ("", "-dapo", "-8020"):
+        argv = ["--config", str(ROOT / f"configs/qwen2.5-math-7b{name}.yaml"), f"model={tmp_path}"]
+        stages = load_config(argv)
+        assert sum(c.steps for _, c in stages) == 400
+        assert {(c.group_size, c.prompts_per_step, c.prompts_per_minibatch, c.lr) for _, c in stages} == {(16, 512, 32, 1e-6)}
+        assert cure.main([*argv, "dry_run=true"]) == 0 and "WARNING" not in capsys.readouterr().out
