@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -212,6 +213,42 @@ def whole(config, tmp_path_factory):
     import cure
     out = tmp_path_factory.mktemp("whole")  # session fixtures are set up before no_pictures: this run draws
     cure.main(["--config", config, f"out_dir={out}", "samples_per_step=0"])
+    return out
+
+
+class Forks:
+    """The other end of forks.py."""
+
+    def __init__(self, folder):
+        env = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        self.folder, self.n = folder, 0
+        self.process = subprocess.Popen([sys.executable, Path(__file__).with_name("forks.py")], stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, text=True, env=env)  # fmt: skip
+
+    def __call__(self, *argv, **job):
+        """One run of cure.py -> codes, seconds, printed."""
+        self.n += 1
+        job |= {"argv": list(map(str, argv)), "log": f"{self.folder}/{self.n}.log", "port": free_port()}
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        out = SimpleNamespace(**json.loads(self.process.stdout.readline()))
+        out.printed = Path(job["log"]).read_text() if os.path.exists(job["log"]) else ""
+        return out
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    forks = Forks(tmp_path_factory.mktemp("forks"))
+    yield forks
+    forks.process.stdin.close()
+    forks.process.wait(timeout=30)
+
+
+@pytest.fixture(scope="session")
+def whole2(config, run, tmp_path_factory):
+    """The folder of one uninterrupted run on two ranks."""
+    out = tmp_path_factory.mktemp("whole2")
+    assert run("--config", config, f"out_dir={out}", "samples_per_step=0", ranks=2).codes == [0, 0]
     return out
 
 

@@ -38,8 +38,8 @@ def test_every_part_leaves_its_numbers(ranks):
 
 def test_padding_changes_the_work_and_not_the_numbers(sharp, cpu):
     rows = ragged(9, 3, 25)
-    packed, padded = policy.pack(rows, cpu), bench.padded_pack(rows, cpu)
     longest = max(map(policy.packed_length, rows))
+    packed, padded = policy.pack(rows, cpu), bench.padded_pack(longest, rows, cpu)
     assert padded["input_ids"].shape == (1, 9 * longest) and packed["input_ids"].shape[1] < 9 * longest
     from test_policy import make
     model = make(sharp).model

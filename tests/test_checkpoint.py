@@ -1,5 +1,4 @@
 """checkpoint.py: whatever ends a run, it goes on from its last complete checkpoint as if nothing had happened."""
-import json
 import os
 import random
 import re
@@ -7,54 +6,17 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, free_port, lines, numbers, train_lines
+from conftest import ROOT, lines, numbers, train_lines
 from safetensors.torch import load_file
 
 import checkpoint
 import cure
 
 STATE = "ckpt/step_000006/state"
-
-
-class Forks:
-    """The other end of forks.py."""
-
-    def __init__(self, folder):
-        env = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        self.folder, self.n = folder, 0
-        self.process = subprocess.Popen([sys.executable, Path(__file__).with_name("forks.py")], stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, text=True, env=env)  # fmt: skip
-
-    def __call__(self, *argv, **job):
-        """One run of cure.py -> codes, seconds, printed."""
-        self.n += 1
-        job |= {"argv": list(map(str, argv)), "log": f"{self.folder}/{self.n}.log", "port": free_port()}
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        out = SimpleNamespace(**json.loads(self.process.stdout.readline()))
-        out.printed = Path(job["log"]).read_text() if os.path.exists(job["log"]) else ""
-        return out
-
-
-@pytest.fixture(scope="session")
-def run(tmp_path_factory):
-    forks = Forks(tmp_path_factory.mktemp("forks"))
-    yield forks
-    forks.process.stdin.close()
-    forks.process.wait(timeout=30)
-
-
-@pytest.fixture(scope="session")
-def whole2(config, run, tmp_path_factory):
-    """The folder of one uninterrupted run on two ranks."""
-    out = tmp_path_factory.mktemp("whole2")
-    assert run(*argv(config, out), ranks=2).codes == [0, 0]
-    return out
 
 
 def argv(config, out, *more):

@@ -161,28 +161,22 @@ def test_one_stage_runs_alone_from_given_weights(whole, config, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------- what must change nothing
-def test_loss_is_rank_and_micro_batch_invariant(whole, config, tmp_path):
+def test_loss_is_rank_and_micro_batch_invariant(whole, whole2, config, tmp_path):
     """2 ranks, and other micro-batches, against the whole run: same tokens, gradient norms equal but for float sums."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     argv = ["--config", config, "max_steps=3", "samples_per_step=0", "eval_data="]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    subprocess.run([*torchrun, "cure.py", *argv, f"out_dir={tmp_path}/ranks"], cwd=ROOT, env=env, check=True)
     cure.main([*argv, f"out_dir={tmp_path}/micro", "micro_batch_tokens=2048"])
-    want = train_lines(whole)
-    for name in ("ranks", "micro"):
-        for m, w in zip(train_lines(tmp_path / name), want, strict=False):
+    for name, out in (("2 ranks", whole2), ("micro", tmp_path / "micro")):
+        for m, w in zip(train_lines(out)[:3], train_lines(whole)[:3], strict=True):
             gap = abs(m["actor/grad_norm"] / w["actor/grad_norm"] - 1)
             print(f"{name} step {m['step']}: relative difference of gradient norms {gap:.1e}")
             assert m["tokens/generated"] == w["tokens/generated"] and gap < 1e-5
 
 
-def test_ranks_without_prompts_join_in(config, tmp_path):
+def test_ranks_without_prompts_join_in(config, run, tmp_path):
     """One prompt a round and one held-out prompt on two ranks: no crash, no hang, both stages."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    argv = ["cure.py", "--config", config, f"out_dir={tmp_path}", "prompts_per_round=1", "max_rounds=3", "eval_prompts=1",
-            "prompts_per_minibatch=1", "stages.stage1.steps=2", "stages.stage2.steps=2"]  # fmt: skip
-    subprocess.run([*torchrun, *argv], cwd=ROOT, env=env, check=True, timeout=240)
+    out = run("--config", config, f"out_dir={tmp_path}", "prompts_per_round=1", "max_rounds=3", "eval_prompts=1",
+              "prompts_per_minibatch=1", "stages.stage1.steps=2", "stages.stage2.steps=2", ranks=2)  # fmt: skip
+    assert out.codes == [0, 0], out.printed
     assert [m["train/sampled_groups"] for m in train_lines(tmp_path)] == [3] * 4
 
 
