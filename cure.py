@@ -391,7 +391,8 @@ def prepare_run(stages, train=True, trainer=True):
     run.stop_ids = stop_ids = set(first.stop_token_ids or [run.tokenizer.eos_token_id, *gen_eos]) - {None}
     if not stop_ids:
         raise ValueError(f"stop_token_ids: the tokenizer of {path!r} has no end token: name one")
-    run.tasks, run.heldout, pool = {}, {}, VerifierPool()
+    run.tasks, run.heldout = {}, {}
+    pool = VerifierPool(timeout_s=5.0 if train else 20.0)  # a busy machine once stalled a gold answer of 0.5 ms for over 5 s
     for name, cfg in stages:
         args = run.tokenizer, cfg.template, cfg.max_prompt_tokens, cfg.system_prompt
         if train:

@@ -246,7 +246,7 @@ def check(argv):
     items = argv[-1].split("=", 1)[1].split(",") if argv else list(BENCHMARKS)
     table, lines, kinds = [["benchmark", "grader", "problems", "gold right", "solution right", "other wrong", "gold read"]], [], (
         "gold", "solution", "other", "read")  # fmt: skip
-    with VerifierPool() as pool:
+    with VerifierPool(timeout_s=20.0) as pool:
         for name, source in map(find, items):
             rows, _ = data.load_rows(source, "benchmarks")
             verifier = grader(name, "boxed") or "math_verify"

@@ -124,21 +124,32 @@ def far_apart(gold, answer):
 def math_verify_verdict(text, gold):
     """(correct, answer) by the math-verify library; answer is the LaTeX it read, INVALID if that is no mathematics.
 
-    The gold is right in any of its readings: as it is; with its last letters, which may be a unit (37/4 m) or a symbol
-    (t/m); and, where sympy cannot hold the whole of "m_{\\max} = n^2-n-1", what stands behind the "="."""
+    Read is the last \\boxed{}, and if that is wrong all of them as one list (\\boxed{69} or \\boxed{84}); without any, an
+    "Answer:" line, for the `dapo` prompt. Nothing else: left to itself the library takes any formula of the response, the
+    question's own \\sqrt{242} for the answer 11\\sqrt{2}. The gold is right in any of its readings: as it is; with last
+    letters, which may be a unit (37/4 m) or a symbol (t/m); where sympy cannot hold "m_{\\max} = n^2-n-1", behind the "="."""
     parse, parse_symbols, verify = math_verify_library()
-    if r"\boxed{" not in text and (line := ANSWER_LINE.findall(text[-300:])):
-        text = rf"\boxed{{{line[-1]}}}"  # the `dapo` prompt asks for an "Answer:" line; without dollars it would not be read
+    parts, rest = [], text
+    while len(parts) < 10 and (inside := last_boxed(rest)) is not None:
+        parts, rest = [inside, *parts], rest[: rest.rfind(r"\boxed{")]
+    if r"\boxed{" not in text:
+        parts = ANSWER_LINE.findall(text[-300:])[-1:]
+    if not parts:
+        return False, INVALID
+    if r"\boxed{" in gold:
+        gold = last_boxed(gold) or gold
     for pattern, latex in PYTHON_NUMBERS:
-        text, gold = pattern.sub(latex, text), pattern.sub(latex, gold)
-    boxed = gold if r"\boxed{" in gold else rf"\boxed{{{gold}}}"
-    golds, symbols = parse(boxed), parse_symbols(boxed)
+        parts, gold = [pattern.sub(latex, p) for p in parts], pattern.sub(latex, gold)
+    golds, symbols = parse(rf"\boxed{{{gold}}}"), parse_symbols(rf"\boxed{{{gold}}}")
     golds += symbols if symbols[-1:] != golds[-1:] else []
     if "=" in gold and all(isinstance(g, str) for g in golds):
         golds += parse(rf"\boxed{{{gold.rpartition('=')[2].strip(' $')}}}")
-    answers = parse(text)  # [expression, its LaTeX]; [LaTeX] if sympy cannot hold it (compared as text); or []
-    correct = verify(golds, answers) and not far_apart(golds[0], answers[0])
-    return correct, str(answers[-1]) if correct or len(answers) > 1 else INVALID
+    # each [expression, its LaTeX]; [LaTeX] if sympy cannot hold it, then compared as text; or []
+    readings = [parse(rf"\boxed{{{part}}}") for part in dict.fromkeys((parts[-1], ", ".join(parts)))]
+    for answers in readings:
+        if verify(golds, answers) and not far_apart(golds[0], answers[0]):
+            return True, str(answers[-1])
+    return False, str(readings[0][-1]) if len(readings[0]) > 1 else INVALID
 
 
 def check_verifier(verifier):
@@ -387,7 +398,7 @@ SELF_TEST = {  # verifier -> (text, gold, correct)
     ),
     "math_verify": (
         (r"so \boxed{34}.", "34", True), (r"\boxed{0.5}", r"\frac{1}{2}", True), (r"\boxed{(1+x)x}", "x^2+x", True),
-        (r"\boxed{35}", "34", False), ("no answer", "34", False), (r"\boxed{-x}", "x", False),
+        (r"\boxed{35}", "34", False), ("so $34$", "34", False), (r"\boxed{-x}", "x", False),
     ),
 }  # fmt: skip
 

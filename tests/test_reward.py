@@ -268,17 +268,21 @@ def pool():
 
 
 EQUAL = [
-    (r"\boxed{34}", "34"), (r"$34$", "34"), (r"\boxed{0.5}", r"\frac{1}{2}"), (r"\boxed{x(x+1)}", "x^2+x"),
+    (r"\boxed{34}", "34"), (r"\boxed{12}, so \boxed{34}", "34"), (r"\boxed{0.5}", r"\frac{1}{2}"), (r"\boxed{x(x+1)}", "x^2+x"),
     (r"\boxed{\frac{2}{4}}", r"\boxed{\frac12}"), (r"\boxed{(1, 2)}", "(1,2)"), (r"\boxed{2^{10}}", "1024"),
 ]  # fmt: skip
-UNEQUAL = [(r"\boxed{35}", "34"), (r"\boxed{-x}", "x"), (r"\boxed{(2, 1)}", "(1,2)"), ("34", "34"), ("", "34")]
+UNEQUAL = [
+    (r"\boxed{35}", "34"), (r"\boxed{-x}", "x"), (r"\boxed{(2, 1)}", "(1,2)"), (r"\boxed{34}, no, \boxed{12}", "34"),
+    ("34", "34"), ("", "34"), ("$34$", "34"), (r"$34$ \boxed{?}", "34"), (r"$34$ \boxed{34", "34"),
+    (r"\boxed{34} \boxed{3", "34"),
+]  # fmt: skip
 
 
 def test_math_verify_judges_the_same_in_this_process_and_in_the_pool(pool):
     verdicts, counts = pool.score_all(EQUAL + UNEQUAL, "math_verify")
     assert [v[:2] for v in verdicts] == [RIGHT] * len(EQUAL) + [WRONG] * len(UNEQUAL)
     assert verdicts == [score(text, gold, "math_verify") for text, gold in EQUAL + UNEQUAL]
-    assert counts == {"reward/timeout": 0, "reward/crash": 0, "reward/parse_fail": 2}  # the two without any LaTeX
+    assert counts == {"reward/timeout": 0, "reward/crash": 0, "reward/parse_fail": 6}  # the last six
 
 
 GOLDS = [  # what math-verify alone would judge otherwise, from real golds: (response, gold, right)
@@ -292,7 +296,8 @@ GOLDS = [  # what math-verify alone would judge otherwise, from real golds: (res
     (r"\boxed{n^2-n-1}", r"$m_{\max }=n^{2}-n-1$", True), (r"\boxed{n^2-n}", r"$m_{\max }=n^{2}-n-1$", False),
     (r"\boxed{84, 69}", "$69$,$84$", True), (r"\boxed{69}", "$69$,$84$", False), (r"\boxed{221,8}", "$221,$8$", True),
     (r"\boxed{166\text{ cm}^2}", "$166$", True), ("Answer: 34", "34", True), ("so.\nAnswer: \\frac12", "0.5", True),
-    ("Answer: 35", "34", False),
+    ("Answer: 35", "34", False), (r"\boxed{69} or \boxed{84}", "$69$,$84$", True),
+    (r"we simplify $\sqrt{242}$", r"11\sqrt{2}", False),
 ]  # fmt: skip
 
 
