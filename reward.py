@@ -173,7 +173,7 @@ def score(text, gold, verifier="dapo"):
         correct = answer == normalise(gold)
     elif verifier in ("boxed", "integer"):
         form = normalise if verifier == "boxed" else integer_form
-        inside = last_boxed(text)
+        inside = last_boxed(text) or None  # an empty box is no answer
         answer = INVALID if inside is None else form(inside)
         correct = inside is not None and answer == form(gold)
     else:
