@@ -724,4 +724,4 @@ def train(run):
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    leave(main, sys.argv[1:])

@@ -215,7 +215,7 @@ def unread_golds(golds, pool):
     """Those of the (row, gold) that math-verify cannot read as mathematics: answers are compared with them as text."""
     # nothing equals an empty gold: no answer is left exactly where \boxed{gold} has no expression
     verdicts, _ = pool.score_all([(rf"\boxed{{{gold}}}", "") for _, gold in golds], "math_verify")
-    return [g for g, v in zip(golds, verdicts, strict=True) if v[2] in NO_ANSWER]
+    return [g for g, v in zip(golds, verdicts, strict=True) if v[2] == INVALID]
 
 
 def check_golds(rows, verifier, pool):
@@ -304,8 +304,10 @@ def begin(run, report):
     path, old = f"{run.out}/samples.jsonl", cure.checkpoint.read_json(f"{run.out}/eval.json") or {}
     if os.path.exists(path) and not old:
         raise ValueError(f"out_dir: {run.out} holds the samples.jsonl of something else")
+    if old and old["model_sha256"] != report["model_sha256"]:
+        raise ValueError(f"model: the evaluation in {run.out} is of other weights ({old['model']}); another out_dir begins anew")
     for name in report["settings"].keys() & old.get("settings", {}).keys():
-        now, then = (r["settings"][name] | {"model": r["model_sha256"]} for r in (report, old))
+        now, then = (r["settings"][name] for r in (report, old))
         for k in [k for k in now if now[k] != then.get(k)]:
             raise ValueError(f"{k.removesuffix('_sha256')}: {name} in {run.out} was begun with {then.get(k)!r}, not {now[k]!r}; "
                              "another out_dir begins anew")  # fmt: skip
@@ -373,16 +375,19 @@ def main(argv):
     if run.policy:
         run.engine.sleep()
         for name, cfg in run.stages:
-            results[name] |= entropies(cfg, run.policy, run.heldout[name], rows[name], run.regions)
+            regions = data.toy_regions if cfg.eval_data.startswith(cfg.toy_dir) else None
+            results[name] |= entropies(cfg, run.policy, run.heldout[name], rows[name], regions)
     if run.rank == 0:
         results = {name: {k: None if v != v else v for k, v in r.items()} for name, r in results.items()}  # no NaN in JSON
         print(results_table(results))
         report["results"] |= results
-        cure.checkpoint.replace_file(f"{run.out}/eval.json", json.dumps(report, indent=1))
+    text = json.dumps(report, indent=1)
+    cure.everywhere((lambda: cure.checkpoint.replace_file(f"{run.out}/eval.json", text)) if run.rank == 0 else None)
+    if run.rank == 0:
         print(f"{run.out}/eval.json, {run.out}/samples.jsonl")
     cure.end_group(run)
     return 0
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    leave(main, sys.argv[1:])

@@ -118,22 +118,25 @@ def far_apart(gold, answer):
         gold, answer = float(gold), float(answer)
     except (TypeError, ValueError, OverflowError):  # not numbers
         return False
-    return abs(gold) < 1e-3 and not math.isclose(gold, answer, rel_tol=1e-3)
+    rounding = 0.0 if gold else 1e-15  # \sin(\pi) is 1e-16
+    return abs(gold) < 1e-3 and not math.isclose(gold, answer, rel_tol=1e-3, abs_tol=rounding)
 
 
 def math_verify_verdict(text, gold):
     """(correct, answer) by the math-verify library; answer is the LaTeX it read, INVALID if that is no mathematics.
 
-    Read is the last \\boxed{}, and if that is wrong all of them as one list (\\boxed{69} or \\boxed{84}); without any, an
-    "Answer:" line, for the `dapo` prompt. Nothing else: left to itself the library takes any formula of the response, the
-    question's own \\sqrt{242} for the answer 11\\sqrt{2}. The gold is right in any of its readings: as it is; with last
-    letters, which may be a unit (37/4 m) or a symbol (t/m); where sympy cannot hold "m_{\\max} = n^2-n-1", behind the "="."""
+    Read is an "Answer:" line with no \\boxed{ after it, for the `dapo` prompt; else the last \\boxed{}, and if that is wrong
+    all of them as one list (\\boxed{69} or \\boxed{84}). Nothing else: left to itself the library takes any formula of the
+    response, the question's own \\sqrt{242} for the answer 11\\sqrt{2}. The gold is right in any of its readings: as it is;
+    with last letters, which may be a unit (37/4 m) or a symbol (t/m); where sympy cannot hold "m_{\\max} = n^2-n-1", behind
+    the "="."""
     parse, parse_symbols, verify = math_verify_library()
     parts, rest = [], text
+    said = list(ANSWER_LINE.finditer(text, max(0, len(text) - 300)))[-1:]
+    if said and said[0].start() > text.rfind(r"\boxed{"):  # the last word counts, as for the `dapo` verifier
+        parts, rest = [said[0][1]], ""
     while len(parts) < 10 and (inside := last_boxed(rest)) is not None:
         parts, rest = [inside, *parts], rest[: rest.rfind(r"\boxed{")]
-    if r"\boxed{" not in text:
-        parts = ANSWER_LINE.findall(text[-300:])[-1:]
     if not parts:
         return False, INVALID
     if r"\boxed{" in gold:

@@ -259,7 +259,10 @@ if __name__ == "__main__":                              # one rank
     import test_rollout
 
     import policy
-    where = policy.init_distributed()
-    for file in (test_policy, test_rollout, test_eval): # the last one ends the process group
-        file.rank_job(*where, *sys.argv[1:])
-    policy.leave()
+
+    def main():
+        where = policy.init_distributed()
+        for file in (test_policy, test_rollout, test_eval):     # the last one ends the process group
+            file.rank_job(*where, *sys.argv[1:])
+
+    policy.leave(main)

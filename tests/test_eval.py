@@ -346,6 +346,9 @@ def test_other_weights_and_other_data_are_refused(argv, done, tiny, tmp_path, ca
     weights["model.norm.weight"][0] += 0.1
     save_file(weights, tmp_path / "model/model.safetensors", {"format": "pt"})
     assert refused([*argv, f"model={tmp_path}/model"], capsys).startswith("model: ")
+    shutil.copy(tiny[1], tmp_path / "two.jsonl")        # another benchmark of other weights would stand in the same table
+    other = [f"model={tmp_path}/model", f"benchmarks={tmp_path}/two.jsonl"]
+    assert refused([*argv, *other], capsys).startswith("model: ")
     rows = lines(tiny[1])
     rows[0]["answer"] = "99"
     shutil.copytree(done, tmp_path / "run")
@@ -398,8 +401,8 @@ def test_bad_input_to_the_check_is_one_line(argv, says, capsys):
 
 
 # ------------------------------------------------------------------------------------------------------------- in training
-def test_training_evaluates_a_benchmark_with_its_own_grader(config, tiny):
-    run = cure.setup(["--config", config, f"eval_data=aime24:{tiny[1]}", "verifier=dapo"])
+def test_training_evaluates_a_benchmark_with_its_own_grader(config, tiny, tmp_path):
+    run = cure.setup(["--config", config, f"out_dir={tmp_path}/run", f"eval_data=aime24:{tiny[1]}", "verifier=dapo"])
     cfg = run.stages[0][1]
     assert run.heldout[cfg.name].verifier == "integer" and cfg.verifier == "dapo"
     run.refresh()

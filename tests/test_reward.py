@@ -287,6 +287,9 @@ def test_math_verify_judges_the_same_in_this_process_and_in_the_pool(pool):
 
 GOLDS = [  # what math-verify alone would judge otherwise, from real golds: (response, gold, right)
     (r"\boxed{4.5 \times 10^{33}}", "4.5e33", True), (r"\boxed{4.5e33}", "4.5e33", True), (r"\boxed{4.5e32}", "4.5e33", False),
+    (r"\boxed{\sin(\pi)}", "0", True), (r"\boxed{\sqrt2\sqrt2-2}", "0", True), (r"\boxed{10^{-9}}", "0", False),
+    ("step \\boxed{3}.\nAnswer: 5", "5", True), ("Answer: 5, so \\boxed{3}", "5", False),
+    ("an open \\boxed{3 first.\nAnswer: 5", "5", True), (r"Answer: $\boxed{5}$", "5", True),
     (r"\boxed{10^{-5}}", "1e-5", True), (r"\boxed{1.04\cdot10^{-3} \text{ cm}}", "1.04e-3", True),
     (r"\boxed{0}", "1.325e-27", False), (r"\boxed{2.88e-19}", "1.325e-27", False), (r"\boxed{1.3251e-27}", "1.325e-27", True),
     (r"\boxed{-\frac13}", "-1./3", True), (r"\boxed{\frac13}", "-1./3", False),
