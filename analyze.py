@@ -337,6 +337,7 @@ def compare(runs, out=None):
 
 
 def main():
+    """The subcommands. What fails is one line on stderr, the rest is done; exit code 2 if anything failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_subparsers(dest="what", required=True)
     for name, text in (("curves", "draw each run"), ("compare", "overlay runs, seeds of an arm averaged")):

@@ -386,6 +386,7 @@ class Bench:
 
 
 def main(argv):
+    """The parts of --only, one after the other: a table and a JSON line on rank 0."""
     parser = argparse.ArgumentParser(prog="bench.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--shape", default="135m", help=f"{', '.join(SHAPES)}, toy, or a folder with a config.json")
     parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas")

@@ -133,6 +133,7 @@ def trl(pipe, folder, rows, batch, turns):
 
 
 def main(argv):
+    """Start a process for each variant, let them take turns, print a table and a JSON line."""
     parser = argparse.ArgumentParser(prog="bench_trl.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--shape", default="135m")
     parser.add_argument("--repeats", type=int, default=5)

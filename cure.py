@@ -195,6 +195,8 @@ def minibatch_loss(run, cfg, rollouts, mini, seed, sums):
         kept_total = n_kept(n_tokens, rho) if keeps else sum(micro)
 
     def loss_fn(rows, logp, entropy):
+        """A micro-batch's share of the minibatch's loss, a scalar. rows: its rollouts; logp, entropy (R,): of all their response
+        tokens, in this order, by the current policy, nats."""
         def cat(arrays):
             return torch.from_numpy(np.concatenate([np.empty(0, np.float32), *arrays])).to(logp.device)
 

@@ -27,6 +27,7 @@ class _ChunkedHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, tokens, temperature, chunk):
+        """See logp_and_entropy for shapes and units."""
         T = hidden.shape[0]
         logp, entropy, lse = (torch.empty(T, dtype=torch.float32, device=hidden.device) for _ in range(3))
         for a in range(0, T, chunk):
@@ -44,6 +45,7 @@ class _ChunkedHead(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g_logp, g_entropy):
+        """From gradients (T,) of both outputs, None where there is none, to those of hidden (T, D) and weight (V, D)."""
         hidden, weight, tokens, lse, entropy = ctx.saved_tensors
         if g_logp is None and g_entropy is None:
             return None, None, None, None, None
