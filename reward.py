@@ -41,6 +41,7 @@ REMOVED = (
     r"\text{}", r"\mathrm{th}", r"^\circ", r"^{\circ}", r"\;", r",\!", "{,}", '"', r"\dots",
 )  # fmt: skip
 ANSWER_LINE = re.compile(r"(?i)Answer\s*:\s*([^\n]+)")
+OWN_ANSWER_LINE = re.compile(r"(?im)^\W*(?:final )?Answer\s*:\s*([^\n]+)")  # not "\boxed{44}. We check our answer: 17 x ..."
 PATTERNS = (  # (pattern, replacement); a dot matches anything but a newline, so gold answers are treated line by line
     (r".*?\$(.*?)\$.*", r"$\1$"), (r"\\text\{(.*?)\}", r"\1"), (r"\\textbf\{(.*?)\}", r"\1"),
     (r"\\overline\{(.*?)\}", r"\1"), (r"\\boxed\{(.*)\}", r"\1"),
@@ -125,16 +126,17 @@ def far_apart(gold, answer):
 def math_verify_verdict(text, gold):
     """(correct, answer) by the math-verify library; answer is the LaTeX it read, INVALID if that is no mathematics.
 
-    Read is an "Answer:" line with no \\boxed{ after it, for the `dapo` prompt; else the last \\boxed{}, and if that is wrong
-    all of them as one list (\\boxed{69} or \\boxed{84}). Nothing else: left to itself the library takes any formula of the
-    response, the question's own \\sqrt{242} for the answer 11\\sqrt{2}. The gold is right in any of its readings: as it is;
-    with last letters, which may be a unit (37/4 m) or a symbol (t/m); where sympy cannot hold "m_{\\max} = n^2-n-1", behind
-    the "="."""
+    Read is an "Answer:" line (after a \\boxed{ only a line that starts so), for the `dapo` prompt; else the last \\boxed{},
+    and if that is wrong all of them as one list (\\boxed{69} or \\boxed{84}). Nothing else: left to itself the library takes
+    any formula of the response, the question's own \\sqrt{242} for the answer 11\\sqrt{2}. The gold is right in any of its
+    readings: as it is; with last letters, which may be a unit (37/4 m) or a symbol (t/m); where sympy cannot hold
+    "m_{\\max} = n^2-n-1", behind the "="."""
     parse, parse_symbols, verify = math_verify_library()
     parts, rest = [], text
-    said = list(ANSWER_LINE.finditer(text, max(0, len(text) - 300)))[-1:]
-    if said and said[0].start() > text.rfind(r"\boxed{"):  # the last word counts, as for the `dapo` verifier
-        parts, rest = [said[0][1]], ""
+    box = text.rfind(r"\boxed{")
+    said = list((ANSWER_LINE if box < 0 else OWN_ANSWER_LINE).finditer(text, max(0, len(text) - 300)))[-1:]
+    if said and said[0].start() > box:  # the last word counts, as for the `dapo` verifier
+        parts, rest = [said[0][1].strip("* ")], ""  # **Answer:** 5
     while len(parts) < 10 and (inside := last_boxed(rest)) is not None:
         parts, rest = [inside, *parts], rest[: rest.rfind(r"\boxed{")]
     if not parts:

@@ -289,6 +289,8 @@ GOLDS = [  # what math-verify alone would judge otherwise, from real golds: (res
     (r"\boxed{4.5 \times 10^{33}}", "4.5e33", True), (r"\boxed{4.5e33}", "4.5e33", True), (r"\boxed{4.5e32}", "4.5e33", False),
     (r"\boxed{\sin(\pi)}", "0", True), (r"\boxed{\sqrt2\sqrt2-2}", "0", True), (r"\boxed{10^{-9}}", "0", False),
     ("step \\boxed{3}.\nAnswer: 5", "5", True), ("Answer: 5, so \\boxed{3}", "5", False),
+    ("\\boxed{44}.\n\nWe may check our answer: $17\\cdot 44 = 748$, so our answer is correct.", "44", True),  # MATH500, row 448
+    ("\\boxed{3}?\n\n**Final Answer: 5**", "5", True), ("we find the answer: 5", "5", True),
     ("an open \\boxed{3 first.\nAnswer: 5", "5", True), (r"Answer: $\boxed{5}$", "5", True),
     (r"\boxed{10^{-5}}", "1e-5", True), (r"\boxed{1.04\cdot10^{-3} \text{ cm}}", "1.04e-3", True),
     (r"\boxed{0}", "1.325e-27", False), (r"\boxed{2.88e-19}", "1.325e-27", False), (r"\boxed{1.3251e-27}", "1.325e-27", True),
