@@ -103,6 +103,7 @@ class Config:
     plan_gpu: str = "h100"  # h100 | h200 | a100 (80 GB) | l40s | rtx4090
     plan_gpus: int = 8  # of one node
     plan_mean_response: int = 0  # tokens of a response; 0 = 1000, or 40 % of max_response_tokens where that is less
+    walkthrough: bool = False  # print the tensors of the first training step and stop; writes nothing (walkthrough.py)
     # files
     out_dir: str = ""  # default runs/<name of the config file>
     init_from: str = ""  # weights to start from instead of model (a checkpoint's hf folder)
@@ -138,12 +139,12 @@ NOT_NEGATIVE = ("n2", "steps", "warmup", "weight_decay", "grad_clip", "clip_low"
                 "gpu_memory_utilization", "prompts_per_chunk", "plan_mean_response", "entropy_coef", "kl_cov_coef")  # fmt: skip
 # keys a resumed run may change: they say how long, how often and where, not what is computed
 FREE_KEYS = {"max_steps", "save_every", "keep_ckpts", "keep_hf", "eval_every", "samples_per_step", "resume", "out_dir",
-             "dry_run", "plan_gpu", "plan_gpus", "plan_mean_response"}  # fmt: skip
+             "dry_run", "walkthrough", "plan_gpu", "plan_gpus", "plan_mean_response"}  # fmt: skip
 # keys of the whole run: one model, one engine, one folder for all stages
 RUN_KEYS = ("model", "toy_dir", "stop_token_ids", "engine", "dtype", "micro_batch_tokens", "head_chunk",
             "activation_checkpointing", "compile",
             "engine_rows", "engine_kv_mib", "gpu_memory_utilization", "prefix_caching", "seed", "out_dir", "init_from",
-            "only_stage", "resume", "max_steps", "dry_run", "plan_gpu", "plan_gpus")  # fmt: skip
+            "only_stage", "resume", "max_steps", "dry_run", "walkthrough", "plan_gpu", "plan_gpus")  # fmt: skip
 
 
 def load_config(argv, usage=None):

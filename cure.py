@@ -29,6 +29,7 @@ import analyze
 import checkpoint
 import data
 import rollout
+import walkthrough
 from checkpoint import LOGS, everywhere
 from config import load_config
 from eval import evaluate
@@ -426,7 +427,9 @@ def _setup(argv, train):
         c.eval_data = f"{c.toy_dir}/heldout.jsonl" if c.eval_data == "toy" else c.eval_data
     if not train and not first.eval_data:
         raise ValueError("eval_data: nothing to evaluate on")
-    resume = checkpoint.find(run, first) if train else None
+    if first.walkthrough and first.kind == "sft":
+        raise ValueError(f"walkthrough: shows a step of reinforcement learning, the first stage {first.name} is sft")
+    resume = checkpoint.find(run, first) if train and not first.walkthrough else None
     if resume:
         run.state = checkpoint.read_json(f"{resume}/meta.json")
         if run.finished:
@@ -471,7 +474,7 @@ def _setup(argv, train):
     if resume:
         checkpoint.load(run, resume)
         run.print(f"resumed from step {run.state['step']} ({run.state['stage']} {run.state['stage_step']}, {resume})")
-    if train:
+    if train and not first.walkthrough:
         everywhere((lambda: start_files(run, resume)) if run.rank == 0 else None, ValueError)
     return run
 
@@ -692,6 +695,9 @@ def main(argv):
     run = setup(argv)
     if run is None:  # dry_run
         return 0
+    if run.stages[0][1].walkthrough:
+        walkthrough.show(run)
+        return close(run)
     if run.finished:
         run.print(f"the run in {run.out} is finished already")
     elif train(run):
@@ -701,6 +707,11 @@ def main(argv):
         run.print(analyze.ledger(run.out, run.pending))
         if run.state["step"]:
             run.print("pictures: " + ", ".join(map(str, analyze.curves(run.out))))
+    return close(run)
+
+
+def close(run):
+    """Leave the process group -> exit code 0."""
     dist.barrier()
     if not isinstance(run.engine, rollout.VLLMEngine):  # with vLLM in the process its own finalizer tears the group down
         dist.destroy_process_group()
