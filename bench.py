@@ -430,4 +430,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    leave(main, sys.argv[1:])

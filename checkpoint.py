@@ -121,6 +121,7 @@ def prune(root, newest, keep, keep_hf):
         if not read_json(f"{root}/{name}/meta.json")["stage_done"]:
             for part in ["meta.json", SUMS, "state"] if keep_hf else ["."]:
                 if os.path.exists(path := os.path.normpath(f"{root}/{name}/{part}")):
+                    delete(f"{root}/{TMP}gone")  # of a deletion that failed half-way
                     os.rename(path, f"{root}/{TMP}gone")
                     delete(f"{root}/{TMP}gone")
 

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from data import TEMPLATES
+from reward import VERIFIERS
 
 
 @dataclass
@@ -27,7 +28,7 @@ class Config:
     template: str = "chat"  # chat | dapo | boxed | 8020 | raw: how a question becomes a prompt (data.render)
     system_prompt: str = ""
     stop_token_ids: list[int] = field(default_factory=list)  # [] = eos of tokenizer and generation config
-    verifier: str = "dapo"  # dapo | boxed | math_verify
+    verifier: str = "dapo"  # dapo | boxed | integer | math_verify (reward.score)
     toy_dir: str = "runs/toy-base"  # made once, reused by every run
     # the stage
     kind: str = "rl"  # rl | sft: sft = cold start on the data's solutions
@@ -92,7 +93,7 @@ class Config:
     max_logp_gap: float = 0.0  # stop when mean |logp trainer - engine| exceeds it; 0 = 1e-3 in fp32, 3 x the first gap in bf16
     seed: int = 0
     # evaluation while training
-    eval_data: str = ""  # like data; "" = none
+    eval_data: str = ""  # like data, or a benchmark: NAME, NAME:FILE (eval.BENCHMARKS), graded its own way; "" = none
     eval_prompts: int = 0  # the first so many; 0 = all
     eval_n: int = 16  # samples a prompt
     eval_every: int = 0  # steps; 0 = only before the first step and at stage ends
@@ -123,7 +124,7 @@ class Config:
 
 
 CHOICES = {
-    "template": TEMPLATES, "verifier": ("dapo", "boxed", "math_verify"), "kind": ("rl", "sft"),
+    "template": TEMPLATES, "verifier": VERIFIERS, "kind": ("rl", "sft"),
     "critical": ("entropy", "random", "none"), "clause": ("prefix", "last"), "on_starved": ("train", "raise"),
     "overlong_scope": ("continuation", "total"), "reward_scope": ("response", "continuation"),
     "agg": ("token", "sequence", "micro"), "loss_mode": ("ppo", "clip_cov", "kl_cov"),
@@ -149,7 +150,7 @@ RUN_KEYS = ("model", "toy_dir", "stop_token_ids", "engine", "dtype", "micro_batc
 
 def load_config(argv, usage=None):
     """Command line -> [(stage name, Config)]. Typed merges by OmegaConf; every mistake is one ValueError naming the key."""
-    parser = argparse.ArgumentParser(prog="cure.py", description=usage, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=usage, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--config", help="YAML file with the differences from the defaults")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any field of Config, or stages.NAME.key=value")
     args = parser.parse_intermixed_args(argv)

@@ -9,6 +9,7 @@ all right nor all wrong, and take PPO-clip steps on them. Stage 2, and plain DAP
 Symbols: P prompts · n1, n2, G = n1 (1 + n2) rollouts a prompt · N = P G · T tokens.
 """
 
+import contextlib
 import fcntl
 import json
 import math
@@ -32,7 +33,7 @@ import rollout
 import walkthrough
 from checkpoint import LOGS, everywhere
 from config import load_config
-from eval import evaluate
+from eval import evaluate, find, grader
 from loss import (
     clip_cov_loss,
     clip_cov_tokens,
@@ -49,7 +50,7 @@ from loss import (
 )
 from plan import engine_share, forward_flops, peak_flops
 from plan import report as plan_report
-from policy import Policy, compute_dtype, init_distributed, leave, packed_length, partition
+from policy import Policy, compute_dtype, init_distributed, leave, load_lm, packed_length, partition
 from reward import VerifierPool, self_test
 from rollout import Rollout, Task, allowed_tokens, collect, gather, request_seed, timed
 
@@ -347,12 +348,16 @@ class Run:
         return int(not taken)
 
     def refresh(self, m=None):
-        """Wake the engine with the trainer's weights: wake, then a full sync. A collective."""
+        """Wake the engine with the trainer's weights, or without a trainer the model's: wake, then a full sync. A collective."""
         m = {} if m is None else m
         with timed(m, "wake"):
             self.engine.wake()
         with timed(m, "sync"):
-            self.engine.sync(self.policy.named_full())
+            if self.policy:
+                self.engine.sync(self.policy.named_full())
+            else:
+                lm = load_lm(self.path, compute_dtype(self.stages[0][1], self.device), "sdpa")  # on the CPU, for a moment
+                self.engine.sync((name, p.detach()) for name, p in lm.named_parameters())
 
     @property
     def finished(self):
@@ -399,24 +404,32 @@ def sample_row(r, cfg, step, prompt):
 
 
 # -------------------------------------------------------------------------------------------------------------- the whole run
-def setup(argv, train=True):
-    """Everything that a user can get wrong is refused here, before a file of the run is written: one line, exit code 2."""
+@contextlib.contextmanager
+def one_line_errors():
+    """Around all that reads what a user gave: a ValueError becomes one line, exit code 2."""
     try:
-        return _setup(argv, train)
+        yield
     except ValueError as e:
         rank = os.environ.get("RANK", "0")
         print(("" if rank == "0" else f"[rank {rank}] ") + f"error: {e}", file=sys.stderr)
         raise SystemExit(2) from e
 
 
-def _setup(argv, train):
-    """Config, process group, toy, tokenizer, data, engine, policy. dry_run: the plan is printed, and there is no Run."""
-    stages = load_config(argv, usage=__doc__)
-    if stages[0][1].dry_run:
-        if not train:
-            raise ValueError("dry_run: only cure.py has a plan")
+def setup(argv):
+    """Everything that a user can get wrong is refused here, before a file of the run is written. None: dry_run."""
+    with one_line_errors():
+        stages = load_config(argv, usage=__doc__)
+        first = stages[0][1]
+        if first.walkthrough and first.kind == "sft":
+            raise ValueError(f"walkthrough: shows a step of reinforcement learning, the first stage {first.name} is sft")
+        if not first.dry_run:
+            return prepare_run(stages)
         print_plan(stages)
-        return None
+
+
+def prepare_run(stages, train=True, trainer=True):
+    """Process group, toy, tokenizer, data, engine, policy. eval.py: train=False, no training data and no files; and
+    trainer=False, no Policy, unless entropies are asked for."""
     run = Run(stages, *init_distributed())
     first = stages[0][1]
     if "toy" in {v for _, c in stages for v in (c.model, c.data, c.eval_data)}:
@@ -425,10 +438,6 @@ def _setup(argv, train):
         c.model = c.toy_dir if c.model == "toy" else c.model
         c.data = f"{c.toy_dir}/train.jsonl" if c.data == "toy" else c.data
         c.eval_data = f"{c.toy_dir}/heldout.jsonl" if c.eval_data == "toy" else c.eval_data
-    if not train and not first.eval_data:
-        raise ValueError("eval_data: nothing to evaluate on")
-    if first.walkthrough and first.kind == "sft":
-        raise ValueError(f"walkthrough: shows a step of reinforcement learning, the first stage {first.name} is sft")
     resume = checkpoint.find(run, first) if train and not first.walkthrough else None
     if resume:
         run.state = checkpoint.read_json(f"{resume}/meta.json")
@@ -436,12 +445,13 @@ def _setup(argv, train):
             if run.rank == 0:
                 checkpoint.tidy(f"{run.out}/ckpt", resumed=True)
             return run
-    path = first.init_from or first.model
+    run.path = path = first.init_from or first.model
     run.tokenizer, gen_eos = load_tokenizer(path)
-    stop_ids = set(first.stop_token_ids or [run.tokenizer.eos_token_id, *gen_eos]) - {None}
+    run.stop_ids = stop_ids = set(first.stop_token_ids or [run.tokenizer.eos_token_id, *gen_eos]) - {None}
     if not stop_ids:
         raise ValueError(f"stop_token_ids: the tokenizer of {path!r} has no end token: name one")
-    run.tasks, run.heldout, pool = {}, {}, VerifierPool()
+    run.tasks, run.heldout = {}, {}
+    pool = VerifierPool(timeout_s=5.0 if train else 20.0)  # a busy machine once stalled a gold answer of 0.5 ms for over 5 s
     for name, cfg in stages:
         args = run.tokenizer, cfg.template, cfg.max_prompt_tokens, cfg.system_prompt
         if train:
@@ -449,28 +459,39 @@ def _setup(argv, train):
             stream = data.PromptStream(len(prompts), seed=f"{cfg.seed}/{name}")
             run.tasks[name] = Task(name, prompts, stream, run.tokenizer, None, pool)
             run.print(f"{name}: data {cfg.data}: " + ", ".join(f"{v} {k}" for k, v in counts.items() if v))
-        if cfg.eval_data:
-            prompts, counts = data.load_prompts(cfg.eval_data, *args, limit=cfg.eval_prompts, key="eval_data")
-            run.heldout[name] = Task("eval", prompts, None, run.tokenizer, None, pool)
         self_test(cfg.verifier, pool)
+        if cfg.eval_data:
+            key = "eval_data" if train else "benchmarks"
+            _, source = find(cfg.eval_data, key)
+            prompts, counts = data.load_prompts(source, *args, limit=cfg.eval_prompts, key=key)
+            run.print(f"{name}: {key} {source}: " + ", ".join(f"{v} {k}" for k, v in counts.items() if v))
+            own = grader(cfg.eval_data, cfg.template) if train else ""  # a benchmark brings its verifier along
+            run.heldout[name] = Task("eval", prompts, None, run.tokenizer, None, pool, own or cfg.verifier)
+            self_test(own or cfg.verifier, pool)
         if train and cfg.kind == "rl" and cfg.verifier == "math_verify":
             run.print(f"WARNING: verifier=math_verify in training (stage {name}): restatements earn reward, "
                       "2^{10} for 1024 or the question's own sum for its value; dapo and boxed compare text")  # fmt: skip
     run.regions = data.toy_regions if first.eval_data.startswith(first.toy_dir) else None
     context = getattr(load_hf_config(path), "max_position_embeddings", None) or math.inf
     for name, cfg in stages:
+        if not train:  # CURE evaluates with 4096 new tokens on a model whose context is 4096: the room is what the prompts leave
+            cfg.max_prompt_tokens = max(len(p.ids) for p in run.heldout[name].prompts)
+            room = max(1, context - cfg.max_prompt_tokens)
+            if cfg.max_response_tokens > room:
+                run.print(f"{name}: max_response_tokens {room}, not {cfg.max_response_tokens}: the model's context is {context}")
+                cfg.max_response_tokens = room
         if cfg.max_prompt_tokens + cfg.max_response_tokens > context:
             raise ValueError(f"max_prompt_tokens: with max_response_tokens over the model's context of {context} (stage {name})")
-    run.engine = make_engine(run, path, stop_ids)
-    run.policy = Policy(first, path, run.device)
-    V = run.policy.config.vocab_size
+    run.engine = make_engine(run, path, stop_ids, trainer)
+    run.policy = Policy(first, path, run.device) if trainer else None
     for name, cfg in stages if train else []:
+        V = run.policy.config.vocab_size
         run.tasks[name].allowed = allowed_tokens(run.tokenizer, V, cfg.min_token_chars, stop_ids)
     shown = (run.tasks or run.heldout)[stages[0][0]].prompts[0].text
     stops = {i: run.tokenizer.convert_ids_to_tokens(i) for i in sorted(stop_ids)}
     run.print(f"first prompt: {shown!r}; stop ids {stops}")
-    size, engine = run.policy.n_params / 1e6, type(run.engine).__name__
-    run.print(f"model: {path}, {size:.2f} M parameters, {run.policy.dtype}, engine {engine}")
+    size = f"{run.policy.n_params / 1e6:.2f} M parameters, " if trainer else ""
+    run.print(f"model: {path}, {size}{compute_dtype(first, run.device)}, engine {type(run.engine).__name__}")
     if resume:
         checkpoint.load(run, resume)
         run.print(f"resumed from step {run.state['step']} ({run.state['stage']} {run.state['stage_step']}, {resume})")
@@ -515,8 +536,8 @@ def load_hf_config(path):
         raise ValueError(f"model: cannot read the configuration of {path!r}: {str(e).splitlines()[0]}") from e
 
 
-def make_engine(run, path, stop_ids):
-    """The rollout engine all stages share: one a rank."""
+def make_engine(run, path, stop_ids, trainer=True):
+    """The rollout engine all stages share: one a rank, on CUDA with the memory that the trainer, if any, leaves."""
     cfg = run.stages[0][1]
     kind = cfg.engine
     if kind == "auto":
@@ -528,7 +549,9 @@ def make_engine(run, path, stop_ids):
         return rollout.TorchEngine(cfg, path, run.device, dtype, stop_ids)
     longest = max(c.max_prompt_tokens + c.max_response_tokens for _, c in run.stages)
     share = None
-    if run.device.type == "cuda":
+    if run.device.type == "cuda" and not trainer:
+        share = cfg.gpu_memory_utilization or 0.9  # vLLM's own default
+    elif run.device.type == "cuda":
         widest = max((c for _, c in run.stages), key=lambda c: c.max_prompt_tokens + c.max_response_tokens)
         share, report = engine_share(widest, load_hf_config(path), run.world, torch.cuda.mem_get_info()[1])
         run.print(report)
@@ -567,11 +590,10 @@ def make_toy_base(run, folder):
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "ROLE_RANK")
 
 
-def start_files(run, resume):
-    """Run folder: the lock, leftovers removed, logs cut back to the checkpoint `resume`, or empty, resolved
-    config, versions. On rank 0."""
+def lock(run):
+    """Make the run folder and hold its lock, on rank 0. ValueError: somebody else has it, or it cannot be written."""
     try:
-        os.makedirs(f"{run.out}/ckpt", exist_ok=True)
+        os.makedirs(run.out, exist_ok=True)
         run.lock = open(f"{run.out}/.lock", "w")  # held while it is open, gone with the process however that ends
         fcntl.lockf(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as e:
@@ -581,6 +603,13 @@ def start_files(run, resume):
         if not hasattr(run, "lock"):
             raise ValueError(f"out_dir: {run.out}: {e.strerror}") from e
         run.print(f"out_dir: this file system has no locks ({e.strerror}): do not start the same run twice")
+
+
+def start_files(run, resume):
+    """Run folder: the lock, leftovers removed, logs cut back to the checkpoint `resume`, or empty, resolved
+    config, versions. On rank 0."""
+    lock(run)
+    os.makedirs(f"{run.out}/ckpt", exist_ok=True)
     checkpoint.tidy(f"{run.out}/ckpt", bool(resume))
     if resume and checkpoint.own(run, resume):
         checkpoint.rewind(run, resume)
@@ -634,6 +663,8 @@ def run_stage(run, name, cfg, bar):
         line = (train_step if rl else sft_step)(run, cfg, task, s["stage_step"])
         run.log(line if rl else {"sft/step": s["stage_step"], **line})
         run.print(describe(run, cfg, line))
+        if rl and s["stage_step"] == 1:
+            warn_hopeless(run, cfg, line)
         bar.update(1)
         last = s["stage_step"] == cfg.steps
         if cfg.eval_data and (last or cfg.eval_every and s["stage_step"] % cfg.eval_every == 0):
@@ -649,6 +680,18 @@ def run_stage(run, name, cfg, bar):
     if stopped:
         run.print(f"stopped by a signal after step {s['step']}, with a checkpoint; the same command goes on from here")
     return not stopped
+
+
+def warn_hopeless(run, cfg, m):
+    """A run that cannot learn should say so at its first step, not after a night."""
+    if (cut := m["response_length/clip_ratio"]) > 0.5:
+        run.print(f"WARNING: {cut:.0%} of the responses are cut at max_response_tokens={cfg.max_response_tokens}. "
+                  "Raise it, or see in samples.jsonl whether the model ever stops (stop_token_ids, template)")
+    if not m["train/mixed_groups"]:
+        what = {0: "wrong", 1: "right"}.get(m["train/accuracy"], "right or all wrong")
+        run.print(f"WARNING: each of the {m['train/sampled_groups']} groups is all {what}: nothing to learn from. See in "
+                  "samples.jsonl whether answers have the form that template asks for and verifier reads; if so, other data, a "
+                  "cold start (kind: sft), a larger n1")  # fmt: skip
 
 
 def run_eval(run, cfg):
@@ -697,7 +740,8 @@ def main(argv):
         return 0
     if run.stages[0][1].walkthrough:
         walkthrough.show(run)
-        return close(run)
+        end_group(run)
+        return 0
     if run.finished:
         run.print(f"the run in {run.out} is finished already")
     elif train(run):
@@ -707,15 +751,15 @@ def main(argv):
         run.print(analyze.ledger(run.out, run.pending))
         if run.state["step"]:
             run.print("pictures: " + ", ".join(map(str, analyze.curves(run.out))))
-    return close(run)
+    end_group(run)
+    return 0
 
 
-def close(run):
-    """Leave the process group -> exit code 0."""
+def end_group(run):
+    """End the process group, all ranks together."""
     dist.barrier()
     if not isinstance(run.engine, rollout.VLLMEngine):  # with vLLM in the process its own finalizer tears the group down
         dist.destroy_process_group()
-    return 0
 
 
 def train(run):
@@ -743,4 +787,4 @@ def train(run):
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    leave(main, sys.argv[1:])

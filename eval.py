@@ -1,110 +1,393 @@
-"""Held-out accuracy: avg@k, pass@k, maj@k, entropy, length. `evaluate` is what cure.py calls; as a script it evaluates any
-model folder or hub id with the same code:
+"""Accuracy as the papers report it: avg@k with its standard error, unbiased pass@k, maj@k, length, truncation, grader counts.
 
-    python eval.py --config configs/toy.yaml model=runs/toy/ckpt/step_000080/hf eval_n=32
-    torchrun --nproc_per_node 2 eval.py model=DIR eval_data=FILE.jsonl template=chat verifier=boxed max_response_tokens=512
+    python eval.py model=DIR_OR_HUB_ID benchmarks=aime24,math500:FILE.jsonl,OTHER.parquet preset=cure    # hub, or local files
+    torchrun --nproc_per_node 8 eval.py model=… benchmarks=aime24,aime25,amc23,math500,minerva,olympiad preset=dapo eval_n=8
+    python eval.py check benchmarks=minerva:FILE.jsonl     # no model: are gold answers graded right, other answers wrong?
+
+Any key of config.py overrides the preset. Results in out_dir: eval.json (every setting, versions, hashes, numbers) and
+samples.jsonl (a line a problem with all its samples). The same command again goes on where an interrupted one stopped.
+`evaluate` is also what cure.py calls while it trains.
 """
 
+import difflib
+import hashlib
 import json
 import math
+import os
+import re
 import sys
 from collections import Counter
+from typing import NamedTuple
 
 import numpy as np
+import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
+import data
+from config import load_config
 from policy import leave
+from reward import INVALID, VerifierPool, normalise
 from rollout import Rollout, Sampling, gather, request_seed, score_rollouts, timed
 
 
+class Benchmark(NamedTuple):
+    source: str  # hub id owner/name:config:split
+    size: int  # problems, for a warning when a copy has another number
+    verifier: str
+    n: int  # samples a problem, unless the preset or eval_n says
+
+
+BENCHMARKS = {
+    "aime24": Benchmark("math-ai/aime24::test", 30, "integer", 32),
+    "aime25": Benchmark("math-ai/aime25::test", 30, "integer", 32),
+    "amc23": Benchmark("math-ai/amc23::test", 40, "integer", 32),
+    "math500": Benchmark("HuggingFaceH4/MATH-500::test", 500, "math_verify", 1),
+    "minerva": Benchmark("math-ai/minervamath::test", 272, "math_verify", 1),
+    "olympiad": Benchmark("math-ai/olympiadbench::test", 675, "math_verify", 1),  # the hub's copy has 674
+    "gsm8k": Benchmark("openai/gsm8k:main:test", 1319, "integer", 1),
+}
+# DAPO and 80/20 train with 20480 response tokens; their evaluation length is not published, so it is the same here.
+# micro_batch_tokens: one forward, of the entropy preset alone, must take the longest sequence.
+LONG = {"eval_temperature": 1.0, "max_response_tokens": 20480, "micro_batch_tokens": 32768}
+PRESETS = {
+    "cure": {"template": "boxed", "eval_temperature": 0.6, "eval_top_p": 0.7, "max_response_tokens": 4096},
+    "dapo": {"template": "dapo", "eval_top_p": 0.7, "eval_n": 32, **LONG},
+    "8020": {"template": "8020", "eval_top_p": 1.0, "eval_n": 16, **LONG},
+    "entropy": {"template": "boxed", "eval_temperature": 1.0, "eval_top_p": 1.0, "max_response_tokens": 4096},
+}
+# what the samples depend on: in eval.json, and refused if it differs when an evaluation goes on
+KEYS = ("template", "system_prompt", "stop_token_ids", "verifier", "max_prompt_tokens", "max_response_tokens", "eval_data",
+        "eval_prompts", "eval_n", "eval_temperature", "eval_top_p", "engine", "dtype", "seed")  # fmt: skip
+NO_ANSWER = (INVALID, "[TIMEOUT]", "[CRASH]")  # reward.py's marks; [0,1] is an answer and has a vote
+
+
+# ------------------------------------------------------------------------------------------------------------- the numbers
 def pass_at_k(n, c, k):
     """Unbiased estimate of P(at least one of k samples is right) from c right ones among n: 1 - C(n-c, k) / C(n, k)
     (M. Chen et al. 2021, arXiv 2107.03374, eq. 1)."""
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def evaluate(cfg, engine, policy, task, step, regions=None):
-    """Sample eval_n responses of every held-out prompt, sharded over the ranks, grade them, score them with the trainer.
+def majority(samples):
+    """Whether the most frequent answer is right. Answers vote in reward.normalise's form (0.5 and 1/2 are two), no answer
+    has no vote, of a tie the first seen wins; no votes at all: wrong."""
+    votes = [(normalise(s["answer"]), s["correct"]) for s in samples if s["answer"] not in NO_ANSWER]
+    winner = Counter(v for v, _ in votes).most_common(1)
+    return next((correct for v, correct in votes if winner and v == winner[0][0]), False)
 
-    regions: optional text -> {name: per-character bools}, for character-level tokenizers: the toy's split of the entropy.
-    Returns a dict of eval/* numbers, the same on every rank; entropies in nats, token means over all responses at the
-    sampling temperature; eval/stderr is of avg@k, over prompts. A collective."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    metrics = {"reward": {}}
-    with timed(metrics, "eval"):
-        mine = task.prompts[rank::world]
-        seeds = [request_seed(cfg.seed, task.stage, step, p.id, -1) for p in mine]
-        sampling = Sampling(cfg.max_response_tokens, cfg.eval_temperature, cfg.eval_top_p)
-        answers = engine.generate([p.ids for p in mine], cfg.eval_n, sampling, seeds)
-        rollouts = [
-            Rollout(p.ids, [], c.ids, c.logp, prompt_id=p.id, finish=c.finish)
-            for p, outs in zip(mine, answers, strict=True)
-            for c in outs
-        ]
-        score_rollouts(cfg, task, rollouts, metrics)
-        entropies = [h for _, h in policy.score_local(rollouts, cfg.eval_temperature or 1.0)]
-        rows = gather([_row(rs, hs, regions) for rs, hs in _by_prompt(rollouts, entropies, cfg.eval_n)])
-    rows.sort(key=lambda r: r["id"])
-    n, right = cfg.eval_n, [r["right"] for r in rows]
+
+def summary(rows, n):
+    """The eval/* numbers of graded rows (see sample), n samples each. eval/stderr is of avg@n over problems: their standard
+    deviation (n - 1) / sqrt(problems), nan for one; timeout, crash and parse_fail count samples; length is in tokens."""
+    samples = [s for r in rows for s in r["samples"]]
+    right = [sum(s["correct"] for s in r["samples"]) for r in rows]
     avg = np.array(right) / n
     out = {
         f"eval/avg@{n}": avg.mean(),
         "eval/stderr": avg.std(ddof=1) / math.sqrt(len(avg)) if len(avg) > 1 else float("nan"),
-        f"eval/maj@{n}": np.mean([r["majority"] for r in rows]),
-        "eval/distinct": np.mean([r["distinct"] for r in rows]) / n,
-        "eval/length": np.sum([r["tokens"] for r in rows]) / (n * len(rows)),
-        "eval/truncated": np.sum([r["cut"] for r in rows]) / (n * len(rows)),
+        f"eval/maj@{n}": np.mean([majority(r["samples"]) for r in rows]),
+        "eval/distinct": np.mean([len({tuple(s["ids"]) for s in r["samples"]}) for r in rows]) / n,
+        "eval/length": np.mean([len(s["ids"]) for s in samples]),
+        "eval/truncated": np.mean([s["finish"] == "length" for s in samples]),
     }
     for k in sorted({2**i for i in range(n.bit_length())} | {n}):
         out[f"eval/pass@{k}"] = np.mean([pass_at_k(n, c, k) for c in right])
-    for name in rows[0]["entropy"]:
-        total, count = np.sum([r["entropy"][name] for r in rows], axis=0)
-        out[f"eval/entropy{name}"] = total / max(1, count)
-    out["eval/parse_fail"] = sum(gather([metrics["reward"].get("reward/parse_fail", 0)])) / (n * len(rows))
-    return {**{k: float(v) for k, v in out.items()}, "timing_s/eval": metrics["timing_s/eval"]}
+    for key, mark in (("parse_fail", INVALID), ("timeout", "[TIMEOUT]"), ("crash", "[CRASH]")):
+        out[f"eval/{key}"] = sum(s["answer"] == mark for s in samples)
+    return {k: float(v) for k, v in out.items()}
 
 
-NO_ANSWER = ("[INVALID]", "[TIMEOUT]", "[CRASH]")  # reward.py's marks; [0,1] is an answer and has a vote
+def sample(cfg, engine, task, prompts, step):
+    """eval_n graded responses of each of this rank's prompts -> [{id, prompt, gold, samples: [{correct, answer, finish, text,
+    ids}]}]. Every prompt has its own seed: neither ranks, chunks nor an interruption change the noise."""
+    seeds = [request_seed(cfg.seed, task.stage, step, p.id, -1) for p in prompts]
+    sampling = Sampling(cfg.max_response_tokens, cfg.eval_temperature, cfg.eval_top_p)
+    answers = engine.generate([p.ids for p in prompts], cfg.eval_n, sampling, seeds)
+    groups = [[Rollout(p.ids, [], c.ids, prompt_id=p.id, finish=c.finish) for c in outs]
+              for p, outs in zip(prompts, answers, strict=True)]  # fmt: skip
+    score_rollouts(cfg, task, sum(groups, []), {"reward": {}})
+    return [
+        {"id": p.id, "prompt": p.text, "gold": p.answer,
+         "samples": [{"correct": r.correct, "answer": r.answer, "finish": r.finish, "text": r.text, "ids": r.response_ids}
+                     for r in rollouts]}
+        for p, rollouts in zip(prompts, groups, strict=True)
+    ]  # fmt: skip
 
 
-def _by_prompt(rollouts, entropies, n):
-    return [(rollouts[i : i + n], entropies[i : i + n]) for i in range(0, len(rollouts), n)]
+def evaluate(cfg, engine, policy, task, step, regions=None, rows=None, save=None):
+    """Sample eval_n responses of every prompt of task, sharded over the ranks, and grade them -> eval/* numbers, the same on
+    every rank. With a policy: also eval/entropy (see entropies). A collective.
+
+    rows: what an interrupted evaluation already has, extended in place. save(new rows): called on every rank after a chunk
+    of 4 engine_rows samples a rank on a GPU, engine_rows on a CPU; without it there is one chunk."""
+    rank, world, seconds = dist.get_rank(), dist.get_world_size(), {}
+    rows = [] if rows is None else rows
+    with timed(seconds, "eval"):
+        done = {r["id"] for r in rows}
+        todo = [p for p in task.prompts if p.id not in done]
+        size = world * max(1, cfg.engine_rows * (4 if torch.cuda.is_available() else 1) // cfg.eval_n) if save else len(todo)
+        for start in range(0, len(todo), max(1, size)):
+            new = gather(sample(cfg, engine, task, todo[start : start + size][rank::world], step))
+            new.sort(key=lambda r: r["id"])
+            rows += new
+            if save:
+                save(new)
+        rows.sort(key=lambda r: r["id"])
+        out = summary(rows, cfg.eval_n)
+        if policy:
+            out |= entropies(cfg, policy, task, rows, regions)
+    return out | {"timing_s/eval": seconds["timing_s/eval"]}
 
 
-def _row(rollouts, entropies, regions):
-    """What one prompt's samples contribute: counts, and (sum, count) of the entropy of all tokens and of each region."""
-    votes = Counter(r.answer for r in rollouts if r.answer not in NO_ANSWER)
-    majority = votes.most_common(1)[0][0] if votes else None
-    entropy = {"": (float(np.sum([h.sum() for h in entropies])), sum(len(h) for h in entropies))}
-    for r, h in zip(rollouts, entropies, strict=True):
-        for name, mask in regions(r.text).items() if regions else ():
+def entropies(cfg, policy, task, rows, regions=None):
+    """{eval/entropy: nats}, the policy's entropy at the sampling temperature (top_p does not enter), token mean over all
+    responses, by the trained model's forward. A collective.
+
+    regions: optional text -> {name: per-character bools}, for character-level tokenizers: the toy's split of the entropy."""
+    prompt_ids = {p.id: p.ids for p in task.prompts}
+    mine = [(r["id"], s) for r in rows[dist.get_rank() :: dist.get_world_size()] for s in r["samples"]]
+    scored = policy.score_local([Rollout(prompt_ids[i], [], s["ids"]) for i, s in mine], cfg.eval_temperature or 1.0)
+    parts = []  # (prompt id, name, sum, count)
+    for (i, s), (_, h) in zip(mine, scored, strict=True):
+        parts.append((i, "", float(h.sum()), len(h)))
+        for name, mask in regions(s["text"]).items() if regions else ():
             mask = np.array(mask[: len(h)] + [False] * (len(h) - len(mask)), bool)
-            total, count = entropy.get("_" + name, (0.0, 0))
-            entropy["_" + name] = (total + float(h[mask].sum()), count + int(mask.sum()))
-    return {
-        "id": rollouts[0].prompt_id,
-        "right": sum(r.correct for r in rollouts),
-        "majority": next((r.correct for r in rollouts if r.answer == majority), False),
-        "distinct": len({tuple(r.response_ids) for r in rollouts}),
-        "tokens": sum(len(r.response_ids) for r in rollouts),
-        "cut": sum(r.finish == "length" for r in rollouts),
-        "entropy": entropy,
-    }
+            parts.append((i, "_" + name, float(h[mask].sum()), int(mask.sum())))
+    sums = {}
+    for _, name, total, count in sorted(gather(parts), key=lambda p: p[0]):  # one order of addition on any number of ranks
+        a, b = sums.get(name, (0.0, 0))
+        sums[name] = a + total, b + count
+    return {f"eval/entropy{name}": a / max(1, b) for name, (a, b) in sums.items()}
+
+
+# ------------------------------------------------------------------------------------------- benchmarks, presets, gold check
+def find(item, key="benchmarks"):
+    """An entry of `benchmarks`, or eval_data: NAME, NAME:FILE, a file or a hub id -> (name, source for data.load_prompts)."""
+    name, _, file = item.partition(":")
+    if name in BENCHMARKS:
+        return name, file or BENCHMARKS[name].source
+    if item == "toy" or "/" in name or item.endswith((".jsonl", ".parquet")) and not file:  # data.py says if it is not there
+        return re.sub(r"\.(jsonl|parquet)$", "", item.split("/")[-1]).replace(":", "-"), item
+    near = difflib.get_close_matches(name, BENCHMARKS, 1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(BENCHMARKS)}, NAME:FILE, files and hub ids"
+    raise ValueError(f"{key}: no benchmark {name!r}; {hint}")
+
+
+def grader(item, template):
+    """The verifier that a benchmark brings along; "" for other data. Integers are compared where the template puts them."""
+    name = item.partition(":")[0]
+    verifier = BENCHMARKS[name].verifier if name in BENCHMARKS else ""
+    return "dapo" if verifier == "integer" and template == "dapo" else verifier
+
+
+def benchmark_stages(argv):
+    """Command line -> ([(benchmark's name, its Config)], preset). Precedence: defaults < file < preset < command line."""
+    own = dict(a.split("=", 1) for a in argv if a.startswith(("benchmarks=", "preset=")))
+    argv = [a for a in argv if not a.startswith(("benchmarks=", "preset="))]
+    preset = own.get("preset") or ("cure" if own.get("benchmarks") else "")
+    if preset and preset not in PRESETS:
+        raise ValueError(f"preset: must be one of {', '.join(PRESETS)}, got {preset!r}")
+    base = [f"{k}={v}" for k, v in PRESETS.get(preset, {}).items()]
+    given = {a.split("=")[0] for a in argv}
+    first = load_config([*base, *argv], usage=__doc__)[0][1]
+    if first.dry_run:
+        raise ValueError("dry_run: only cure.py has a plan")
+    items = own.get("benchmarks") or first.eval_data
+    if not items:
+        raise ValueError("benchmarks: nothing to evaluate on")
+    stages = {}
+    for item in items.split(","):
+        name, _ = find(item)
+        n = [f"eval_n={BENCHMARKS[name].n}"] if preset and name in BENCHMARKS else []
+        cfg = load_config([*n, *base, *argv])[0][1]
+        cfg.name, cfg.eval_data = name, item
+        cfg.verifier = cfg.verifier if "verifier" in given else grader(item, cfg.template) or cfg.verifier
+        if "out_dir" not in given:
+            cfg.out_dir = "runs/eval/" + re.sub(r"[^\w.-]+", "-", f"{cfg.init_from or cfg.model}-{preset}".strip("./-"))
+        if name in stages:
+            raise ValueError(f"benchmarks: two are called {name!r}")
+        stages[name] = cfg
+    return list(stages.items()), preset
+
+
+def unread_golds(golds, pool):
+    """Those of the (row, gold) that math-verify cannot read as mathematics: answers are compared with them as text."""
+    # nothing equals an empty gold: no answer is left exactly where \boxed{gold} has no expression
+    verdicts, _ = pool.score_all([(rf"\boxed{{{gold}}}", "") for _, gold in golds], "math_verify")
+    return [g for g, v in zip(golds, verdicts, strict=True) if v[2] == INVALID]
+
+
+def check_golds(rows, verifier, pool):
+    """What a grader makes of a benchmark (rows of data.load_rows) -> ({kind: "so many as it should be/of"}, [a line a failure]).
+    Right should be \\boxed{gold} ("gold") and a reference solution with a \\boxed ("solution"), wrong the gold of the next
+    problem that has another ("other"); "read": golds that are mathematics to math-verify."""
+    cases = {"gold": [(r, rf"\boxed{{{r['answer']}}}") for r in rows],
+             "solution": [(r, r["solution"]) for r in rows if r"\boxed" in r["solution"]], "other": []}  # fmt: skip
+    for i, r in enumerate(rows):
+        others = (o["answer"] for o in rows[i + 1 :] + rows[:i] if normalise(o["answer"]) != normalise(r["answer"]))
+        cases["other"] += [(r, rf"\boxed{{{other}}}") for other in [next(others, None)] if other is not None]
+    shares, failures = {}, []
+    for kind, pairs in cases.items():
+        verdicts, _ = pool.score_all([(text, r["answer"]) for r, text in pairs], verifier)
+        bad = [(r, v[2]) for (r, _), v in zip(pairs, verdicts, strict=True) if v[1] == (kind == "other")]
+        shares[kind] = f"{len(pairs) - len(bad)}/{len(pairs)}"
+        failures += [f"row {r['row']}: {kind}: gold {r['answer']!r}, read {answer!r}" for r, answer in bad]
+    if verifier == "math_verify":
+        unread = unread_golds([(r["row"], r["answer"]) for r in rows], pool)
+        shares["read"] = f"{len(rows) - len(unread)}/{len(rows)}"
+        failures += [f"row {row}: read: gold {gold!r} is no mathematics, compared as text" for row, gold in unread]
+    return shares, failures
+
+
+def check(argv):
+    """`eval.py check`: check_golds of each benchmark, as a table and a list of failures."""
+    if unknown := [a for a in argv if not a.startswith("benchmarks=")]:
+        raise ValueError(f"{unknown[0].split('=')[0]}: check takes benchmarks= and nothing else")
+    items = argv[-1].split("=", 1)[1].split(",") if argv else list(BENCHMARKS)
+    table, lines, kinds = [["benchmark", "grader", "problems", "gold right", "solution right", "other wrong", "gold read"]], [], (
+        "gold", "solution", "other", "read")  # fmt: skip
+    with VerifierPool(timeout_s=20.0) as pool:
+        for name, source in map(find, items):
+            rows, _ = data.load_rows(source, "benchmarks")
+            verifier = grader(name, "boxed") or "math_verify"
+            shares, failures = check_golds(rows, verifier, pool)
+            table.append([name, verifier, str(len(rows)), *(shares.get(k, "") for k in kinds)])
+            lines += [f"{name}, {line}" for line in failures]
+    print("\n".join([aligned(table), *lines]))
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------------------- the script
+def aligned(rows):
+    """Rows of text as lines of right-aligned columns, the first one left-aligned."""
+    width = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join([row[0].ljust(width[0]), *map(str.rjust, row[1:], width[1:])]) for row in rows)
+
+
+def results_table(results):
+    """One line a benchmark, then the mean of their avg@n. results: {name: numbers}, None for a number that does not exist."""
+    ks = sorted({int(k.split("@")[1]) for r in results.values() for k in r if k.startswith("eval/pass@")} - {1})
+    columns = {"problems": ("problems", ".0f"), "n": ("n", ".0f"), "avg@n": ("avg", ".3f"), "±": ("eval/stderr", ".3f"),
+               **{f"pass@{k}": (f"eval/pass@{k}", ".3f") for k in ks}, "maj@n": ("maj", ".3f"), "length": ("eval/length", ".1f"),
+               "truncated": ("eval/truncated", ".3f"), "no answer": ("eval/parse_fail", ".0f"),
+               "timeout": ("eval/timeout", ".0f"), "crash": ("eval/crash", ".0f")}  # fmt: skip
+    if any("eval/entropy" in r for r in results.values()):
+        columns["entropy"] = ("eval/entropy", ".3f")
+    lines, means = [["benchmark", *columns]], []
+    for name, r in results.items():
+        r = r | {"avg": r[f"eval/avg@{r['n']}"], "maj": r[f"eval/maj@{r['n']}"]}
+        lines.append([name, *("" if r.get(k) is None else f"{r[k]:{form}}" for k, form in columns.values())])
+        means.append(r["avg"])
+    return aligned(lines) + (f"\nmean of {len(means)}: {np.mean(means):.3f}" if len(means) > 1 else "")
+
+
+def model_hash(path):
+    """SHA-256 over names and SHA-256 sums of the weights and config.json of a folder, or of a hub id's local copy."""
+    from checkpoint import sha256
+
+    if not os.path.isdir(path):
+        from huggingface_hub import snapshot_download
+
+        path = snapshot_download(path, allow_patterns=["*.safetensors", "config.json"], local_files_only=True)
+    files = sorted(f for f in os.listdir(path) if f.endswith(".safetensors") or f == "config.json")
+    return hashlib.sha256("".join(f"{sha256(f'{path}/{f}')}  {f}\n" for f in files).encode()).hexdigest()
+
+
+def begin(run, report):
+    """Rank 0: lock out_dir, refuse what was begun with other settings, cut a torn last line off -> the rows of samples.jsonl.
+    `report` takes over what eval.json holds of other benchmarks. ValueError names the key."""
+    import cure
+
+    cure.lock(run)
+    report["model_sha256"] = model_hash(run.path)
+    path, old = f"{run.out}/samples.jsonl", cure.checkpoint.read_json(f"{run.out}/eval.json") or {}
+    if os.path.exists(path) and not old:
+        raise ValueError(f"out_dir: {run.out} holds the samples.jsonl of something else")
+    if old and old["model_sha256"] != report["model_sha256"]:
+        raise ValueError(f"model: the evaluation in {run.out} is of other weights ({old['model']}); another out_dir begins anew")
+    for name in report["settings"].keys() & old.get("settings", {}).keys():
+        now, then = (r["settings"][name] for r in (report, old))
+        for k in [k for k in now if now[k] != then.get(k)]:
+            raise ValueError(f"{k.removesuffix('_sha256')}: {name} in {run.out} was begun with {then.get(k)!r}, not {now[k]!r}; "
+                             "another out_dir begins anew")  # fmt: skip
+    report["settings"], report["results"] = (old.get(k, {}) | report[k] for k in ("settings", "results"))
+    cure.checkpoint.replace_file(f"{run.out}/eval.json", json.dumps(report, indent=1))
+    raw = open(path, "rb").read() if os.path.exists(path) else b""
+    if len(raw) != (whole := raw.rfind(b"\n") + 1):
+        os.truncate(path, whole)
+    rows = []
+    for number, line in enumerate(raw[:whole].splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as e:
+            raise ValueError(f"out_dir: {path}:{number}: unreadable row, {e}") from e
+    return rows
+
+
+def start(argv):
+    """Command line -> (run with model and engine, contents of eval.json, rows that samples.jsonl has). A collective."""
+    import cure  # only as a script: cure.py itself imports this file
+
+    stages, preset = benchmark_stages(argv)
+    run = cure.prepare_run(stages, train=False, trainer=preset == "entropy")
+    report = {"model": run.path, "model_sha256": "", "preset": preset, "versions": cure.versions(run)}
+    report |= {"settings": {}, "results": {}}
+    for name, cfg in run.stages:
+        task, known = run.heldout[name], BENCHMARKS.get(name)
+        text = json.dumps([(p.id, p.ids, p.answer) for p in task.prompts]).encode()
+        report["settings"][name] = {k: getattr(cfg, k) for k in KEYS} | {
+            "stop_token_ids": sorted(run.stop_ids), "engine": type(run.engine).__name__,
+            "dtype": str(cure.compute_dtype(cfg, run.device)), "eval_data_sha256": hashlib.sha256(text).hexdigest(),
+        }  # fmt: skip
+        if known and not cfg.eval_prompts and len(task.prompts) != known.size:
+            run.print(f"WARNING: {name} has {known.size} problems, this evaluation {len(task.prompts)}")
+        if run.rank == 0 and cfg.verifier == "math_verify":
+            if unread := unread_golds([(p.id, p.answer) for p in task.prompts], task.verifiers):
+                run.print(f"{name}: {len(unread)} of {len(task.prompts)} golds are no mathematics, compared as text"
+                          + "".join(f"; row {row} {gold!r}" for row, gold in unread))  # fmt: skip
+    rows = []
+    cure.everywhere((lambda: rows.extend(begin(run, report))) if run.rank == 0 else None, ValueError)
+    return run, report, gather(rows)
 
 
 def main(argv):
-    """Evaluate `model` on `eval_data`; the keys are cure.py's. Prints a table and one JSON line."""
-    import cure  # only as a script: cure.py itself imports this file
+    """Evaluate `model` on `benchmarks`, or `check` the graders."""
+    import cure
 
-    run = cure.setup(argv, train=False)
-    cfg = run.stages[0][1]
+    with cure.one_line_errors():
+        if argv[:1] == ["check"]:
+            return check(argv[1:])
+        run, report, saved = start(argv)
     run.refresh()
-    result = evaluate(cfg, run.engine, run.policy, run.heldout[cfg.name], 0, run.regions)
+    results, rows = {}, {name: [r for r in saved if r["benchmark"] == name] for name, _ in run.stages}
+    for name, cfg in run.stages:
+        task, old, n = run.heldout[name], len(rows[name]), cfg.eval_n
+        with tqdm(total=len(task.prompts) * n, initial=old * n, desc=name, unit="sample",
+                  disable=None if run.rank == 0 else True) as bar:  # fmt: skip
+
+            def save(new, name=name, bar=bar, n=n):
+                run.append("samples.jsonl", [{"benchmark": name, **r} for r in new])
+                bar.update(len(new) * n)
+
+            numbers = evaluate(cfg, run.engine, None, task, 0, rows=rows[name], save=save)
+        results[name] = {"problems": len(task.prompts), "read_back": old, "n": n, **numbers}
+    if run.policy:
+        run.engine.sleep()
+        for name, cfg in run.stages:
+            regions = data.toy_regions if cfg.eval_data.startswith(cfg.toy_dir) else None
+            results[name] |= entropies(cfg, run.policy, run.heldout[name], rows[name], regions)
     if run.rank == 0:
-        for k, v in result.items():
-            print(f"{k:28s} {v:.4f}")
-        print(json.dumps({"model": cfg.model, "eval_data": cfg.eval_data, "n": cfg.eval_n, **result}))
+        results = {name: {k: None if v != v else v for k, v in r.items()} for name, r in results.items()}  # no NaN in JSON
+        print(results_table(results))
+        report["results"] |= results
+    text = json.dumps(report, indent=1)
+    cure.everywhere((lambda: cure.checkpoint.replace_file(f"{run.out}/eval.json", text)) if run.rank == 0 else None)
+    if run.rank == 0:
+        print(f"{run.out}/eval.json, {run.out}/samples.jsonl")
+    cure.end_group(run)
+    return 0
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    leave(main, sys.argv[1:])

@@ -216,7 +216,8 @@ def batches(cfg):
         return 0, 0, [], [Batch(cfg.prompts_per_step, prompt, response)]
     chunk = math.ceil(cfg.prompts_per_round / math.ceil(cfg.prompts_per_round / (cfg.prompts_per_chunk or cfg.prompts_per_round)))
     chunks = math.ceil(min(cfg.prompts_per_step / MIXED, cfg.max_rounds * cfg.prompts_per_round) / chunk)
-    kept = max(1, min(cfg.prompts_per_step, int(MIXED * chunks * chunk)))
+    drawn = min(chunks * chunk, cfg.max_rounds * cfg.prompts_per_round)  # the last chunk of a round may be smaller
+    kept = max(1, min(cfg.prompts_per_step, int(MIXED * drawn)))
     # critical=none starts branches at 0, clause=last a clause before the fork: as good as 0
     depth = int(DEPTH * response) if cfg.critical != "none" and cfg.clause == "prefix" else 0
     depth = min(depth, cfg.max_prompt_tokens - prompt)
@@ -388,7 +389,7 @@ def stage_report(name, cfg, steps, config, gpu, world):
     trained = sum(b.count for b in kept)
     about = f"{trained} rows"
     if chunks:
-        n = chunks * prompts
+        n = min(chunks * prompts, cfg.max_rounds * cfg.prompts_per_round)
         about = f"{n} prompts x {cfg.group_size} = {n * cfg.group_size} rollouts, {trained} of them trained on"
     lines = ["", f"{name}, one of {steps} steps: {about}"]
     lines += [f"  {b.count} sequences of {b.context} tokens given + {b.new} new" for b in kept]

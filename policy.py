@@ -7,6 +7,7 @@ import datetime
 import inspect
 import os
 import sys
+import traceback
 
 import numpy as np
 import torch
@@ -42,15 +43,23 @@ def init_distributed():
     return rank, world, device
 
 
-def leave(code=0):
-    """End a script. With torch 2.13 gloo's threads outlive destroy_process_group (DTensor's caches hold the mesh, the mesh holds
-    the group), and one that wants the GIL while the interpreter shuts down takes the process with it (`terminate called without
-    an active exception`: 2 of about 180 ranks whose work was done). So ranks on the CPU skip that shutdown."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code or 0)
-    sys.exit(code)
+def leave(main, *args):
+    """Run a script's main() and exit with its code. With torch 2.13 gloo's threads outlive destroy_process_group (DTensor's
+    caches hold the mesh, the mesh holds the group), and one that wants the GIL while the interpreter shuts down takes the
+    process with it (`terminate called without an active exception`: 2 of about 180 ranks whose work was done). So ranks on
+    the CPU skip that shutdown."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or torch.cuda.is_available():
+        sys.exit(main(*args))
+    try:
+        code = main(*args)
+    except SystemExit as e:
+        code = e.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
 
 
 def packed_attention(module, query, key, value, mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **kwargs):

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 
-VERIFIERS = ("dapo", "boxed", "math_verify")
+VERIFIERS = ("dapo", "boxed", "integer", "math_verify")
 INVALID = "[INVALID]"  # the answer of a response in which none was found (verl's word for it)
 MAX_ANSWER_CHARS = 1000  # a longer \boxed{} is no answer (the longest of MATH-500 has 159); verdicts are cut here
 COUNTS = ("reward/timeout", "reward/crash", "reward/parse_fail")
@@ -63,6 +63,12 @@ def normalise(answer):
     return (digits if digits.isdigit() else answer).strip()
 
 
+def integer_form(answer):
+    """normalise, and other ways to write an integer: 073 (AIME's rules want three digits), (73), 73.0, \\mathbf{73}."""
+    plain = re.sub(r"\A\\math(?:bf|rm)\{(.*)\}\Z", r"\1", normalise(answer)).strip("()")
+    return re.sub(r"\A(-?)0*(\d+?)(?:\.0*)?\Z", r"\1\2", plain)
+
+
 def last_boxed(text):
     """The inside of the last \\boxed{…}; None without one, if its brace never closes (a response cut short), or if it
     holds more than MAX_ANSWER_CHARS."""
@@ -83,24 +89,70 @@ def last_boxed(text):
 
 @functools.cache
 def math_verify_library():
-    """(parse, verify) of the library, imported on first use. LaTeX only: its expression config would call sympy's
-    parse_expr, an eval, on model text. Its own timeouts are off: they are signals, which C code does not heed."""
+    """(parse, parse without unit removal, verify) of the library, imported on first use. LaTeX only: its expression config
+    would call sympy's parse_expr, an eval, on model text. Its own timeouts are off: signals, which C code does not heed."""
+    import dataclasses
     import logging
 
     from math_verify import LatexExtractionConfig, parse, verify
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # else it warns that its timeouts are off
-    read = functools.partial(parse, extraction_config=[LatexExtractionConfig()], parsing_timeout=None)
-    return read, functools.partial(verify, timeout_seconds=None)
+    plain = LatexExtractionConfig()
+    symbols = LatexExtractionConfig(normalization_config=dataclasses.replace(plain.normalization_config, units=False))
+    readers = [functools.partial(parse, extraction_config=[c], parsing_timeout=None) for c in (plain, symbols)]
+    return *readers, functools.partial(verify, timeout_seconds=None)
+
+
+# Python's way to write numbers, as LaTeX. 58 of Minerva's 272 golds look like 4.5e33, which the library takes for 4.5 e 33:
+# the right \boxed{4.5 \times 10^{33}} would be wrong. Two more are -1./3 and -3./2, one is np.arcsin(10/13).
+PYTHON_NUMBERS = (
+    (re.compile(r"(?<![\w.])(\d++(?:\.\d*+)?)[eE]([+-]?\d+)(?!\w)"), r"\1 \\times 10^{\2}"),
+    (re.compile(r"(?<=\d)\.(?=/)"), ""), (re.compile(r"\bnp\.(?=[a-z])"), r"\\"),
+)  # fmt: skip
+
+
+def far_apart(gold, answer):
+    """Whether two numbers near 0 differ by more than 0.1 %. The library compares floats to 6 decimals and takes differences
+    below 1e-15 for 0: to it, 0 and 2.9e-19 are right where 1.3e-27 is asked for (20 golds of Minerva are below 1e-3)."""
+    try:
+        gold, answer = float(gold), float(answer)
+    except (TypeError, ValueError, OverflowError):  # not numbers
+        return False
+    rounding = 0.0 if gold else 1e-15  # \sin(\pi) is 1e-16
+    return abs(gold) < 1e-3 and not math.isclose(gold, answer, rel_tol=1e-3, abs_tol=rounding)
 
 
 def math_verify_verdict(text, gold):
-    """(correct, answer) by the math-verify library; answer is the LaTeX it read, INVALID if that is no mathematics."""
-    parse, verify = math_verify_library()
-    golds = parse(gold if r"\boxed{" in gold else rf"\boxed{{{gold}}}")
-    answers = parse(text)  # [expression, its LaTeX]; [LaTeX] if sympy cannot hold it (compared as text); or []
-    correct = verify(golds, answers)
-    return correct, str(answers[-1]) if correct or len(answers) > 1 else INVALID
+    """(correct, answer) by the math-verify library; answer is the LaTeX it read, INVALID if that is no mathematics.
+
+    Read is an "Answer:" line with no \\boxed{ after it, for the `dapo` prompt; else the last \\boxed{}, and if that is wrong
+    all of them as one list (\\boxed{69} or \\boxed{84}). Nothing else: left to itself the library takes any formula of the
+    response, the question's own \\sqrt{242} for the answer 11\\sqrt{2}. The gold is right in any of its readings: as it is;
+    with last letters, which may be a unit (37/4 m) or a symbol (t/m); where sympy cannot hold "m_{\\max} = n^2-n-1", behind
+    the "="."""
+    parse, parse_symbols, verify = math_verify_library()
+    parts, rest = [], text
+    said = list(ANSWER_LINE.finditer(text, max(0, len(text) - 300)))[-1:]
+    if said and said[0].start() > text.rfind(r"\boxed{"):  # the last word counts, as for the `dapo` verifier
+        parts, rest = [said[0][1]], ""
+    while len(parts) < 10 and (inside := last_boxed(rest)) is not None:
+        parts, rest = [inside, *parts], rest[: rest.rfind(r"\boxed{")]
+    if not parts:
+        return False, INVALID
+    if r"\boxed{" in gold:
+        gold = last_boxed(gold) or gold
+    for pattern, latex in PYTHON_NUMBERS:
+        parts, gold = [pattern.sub(latex, p) for p in parts], pattern.sub(latex, gold)
+    golds, symbols = parse(rf"\boxed{{{gold}}}"), parse_symbols(rf"\boxed{{{gold}}}")
+    golds += symbols if symbols[-1:] != golds[-1:] else []
+    if "=" in gold and all(isinstance(g, str) for g in golds):
+        golds += parse(rf"\boxed{{{gold.rpartition('=')[2].strip(' $')}}}")
+    # each [expression, its LaTeX]; [LaTeX] if sympy cannot hold it, then compared as text; or []
+    readings = [parse(rf"\boxed{{{part}}}") for part in dict.fromkeys((parts[-1], ", ".join(parts)))]
+    for answers in readings:
+        if verify(golds, answers) and not far_apart(golds[0], answers[0]):
+            return True, str(answers[-1])
+    return False, str(readings[0][-1]) if len(readings[0]) > 1 else INVALID
 
 
 def check_verifier(verifier):
@@ -114,17 +166,19 @@ def score(text, gold, verifier="dapo"):
 
     text: the response, never the prompt (whose template contains "Answer: $Answer"). gold: the gold answer as text.
     verifier: "dapo" = verl's math_dapo, the last "Answer:" line within the last 300 characters; "boxed" = the last
-    \\boxed{}, normalised the same way; "math_verify" = symbolic, without any time limit in this process (training and
-    evaluation use VerifierPool). Raises ValueError for another verifier. Source: verl, math_dapo.py."""
+    \\boxed{}, normalised the same way; "integer" = boxed, where 073, (73) and 73.0 are 73, too; "math_verify" = symbolic,
+    without any time limit in this process (training and evaluation use VerifierPool). Raises
+    ValueError for another verifier. Source: verl, math_dapo.py."""
     check_verifier(verifier)
     if verifier == "dapo":
         found = ANSWER_LINE.findall(text[-300:])
         answer = normalise(found[-1]) if found else INVALID
         correct = answer == normalise(gold)
-    elif verifier == "boxed":
-        inside = last_boxed(text)
-        answer = INVALID if inside is None else normalise(inside)
-        correct = inside is not None and answer == normalise(gold)
+    elif verifier in ("boxed", "integer"):
+        form = normalise if verifier == "boxed" else integer_form
+        inside = last_boxed(text) or None  # an empty box is no answer
+        answer = INVALID if inside is None else form(inside)
+        correct = inside is not None and answer == form(gold)
     else:
         correct, answer = math_verify_verdict(text, gold)
     return (1.0 if correct else -1.0), correct, answer[:MAX_ANSWER_CHARS]
@@ -341,9 +395,13 @@ SELF_TEST = {  # verifier -> (text, gold, correct)
         (r"so \boxed{34}.", "34", True), (r"\boxed{35} or \boxed{\frac{1}{2}}", r"\frac12", True),
         (r"\boxed{34} or \boxed{35}", "34", False), ("Answer: 34", "34", False), (r"\boxed{2^{10}}", "1024", False),
     ),
+    "integer": (
+        (r"so \boxed{34}.", "34", True), (r"\boxed{\textbf{(034)}}", "34", True), (r"\boxed{1,034}", "1034", True),
+        (r"\boxed{0}", "0", True), (r"\boxed{340}", "34", False), (r"\boxed{34.5}", "34", False), ("34", "34", False),
+    ),
     "math_verify": (
         (r"so \boxed{34}.", "34", True), (r"\boxed{0.5}", r"\frac{1}{2}", True), (r"\boxed{(1+x)x}", "x^2+x", True),
-        (r"\boxed{35}", "34", False), ("no answer", "34", False), (r"\boxed{-x}", "x", False),
+        (r"\boxed{35}", "34", False), ("so $34$", "34", False), (r"\boxed{-x}", "x", False),
     ),
 }  # fmt: skip
 

@@ -68,6 +68,7 @@ class Task:
     tokenizer: object
     allowed: torch.Tensor  # bool (V,), see allowed_tokens
     verifiers: object  # reward.VerifierPool
+    verifier: str = ""  # instead of the config's
 
 
 def request_seed(*parts):
@@ -419,7 +420,7 @@ def score_rollouts(cfg, task, rollouts, metrics):
         read = [decode(r.response_ids, skip_special_tokens=True) for r in rollouts]
     gold = {p.id: p.answer for p in task.prompts}
     verdicts, counts = task.verifiers.score_all(
-        [(text, gold[r.prompt_id]) for text, r in zip(read, rollouts, strict=True)], cfg.verifier
+        [(text, gold[r.prompt_id]) for text, r in zip(read, rollouts, strict=True)], task.verifier or cfg.verifier
     )
     for k, v in counts.items():
         metrics["reward"][k] = metrics["reward"].get(k, 0) + v

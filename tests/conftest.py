@@ -128,8 +128,9 @@ def start_ranks(world, *args):
 
 @pytest.fixture(scope="session")
 def ranks(sharp, tmp_path_factory):
-    """What 2 and 3 gloo ranks found, {world: {"policy": …, "rollout": …}}: rank_job of test_policy.py and test_rollout.py.
-    One set of processes for both files, since importing is most of their time. A rank that hangs or fails is an error here."""
+    """What 2 and 3 gloo ranks found, {world: {"policy": …, "rollout": …}}: rank_job of test_policy.py, test_rollout.py and
+    test_eval.py. One set of processes for all files, since importing is most of their time. A rank that hangs or fails is an
+    error here."""
     import torch
     out = tmp_path_factory.mktemp("ranks")
     started = [p for world in (2, 3) for p in start_ranks(world, sharp, out)]
@@ -253,13 +254,15 @@ def whole2(config, run, tmp_path_factory):
 
 
 if __name__ == "__main__":                              # one rank
+    import test_eval
     import test_policy
     import test_rollout
-    import torch.distributed as dist
 
     import policy
-    where = policy.init_distributed()
-    for file in (test_policy, test_rollout):
-        file.rank_job(*where, *sys.argv[1:])
-    dist.destroy_process_group()
-    policy.leave()
+
+    def main():
+        where = policy.init_distributed()
+        for file in (test_policy, test_rollout, test_eval):     # the last one ends the process group
+            file.rank_job(*where, *sys.argv[1:])
+
+    policy.leave(main)

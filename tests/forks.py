@@ -67,7 +67,7 @@ def main():
             if not (pid := os.fork()):
                 rank_process(job, rank)
             pids.append(pid)
-        codes, deadline = {}, start + job.get("kill_after", 1e9)
+        codes, deadline = {}, start + job.get("kill_after", 300)
         while len(codes) < len(pids):
             for pid in set(pids) - codes.keys():
                 done, status = os.waitpid(pid, os.WNOHANG)

@@ -110,7 +110,6 @@ def test_walkthrough_of_a_supervised_stage_is_refused_by_name(config, capsys):
     with pytest.raises(SystemExit):
         cure.main(["--config", config, "walkthrough=true", "stages.stage1.kind=sft"])
     assert capsys.readouterr().err.startswith("error: walkthrough: shows a step of reinforcement learning")
-    cure.dist.destroy_process_group()
 
 
 # ------------------------------------------------------------------------------------------------- the README's table of methods

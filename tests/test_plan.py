@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 
 import checkpoint
 import cure
+import eval as evaluation
 import plan
 from config import CHOICES, load_config
 from plan import GIB, GPUS, engine_room, engine_share, forward_flops, model_sizes, trainer_memory
@@ -410,7 +411,7 @@ def test_mistakes_are_one_line_that_names_the_key(overrides, key, capsys, nothin
 
 def test_only_training_has_a_plan(capsys, nothing_else):
     with pytest.raises(SystemExit):
-        cure.setup(["--config", CONFIG_7B, "dry_run=true", "eval_data=x.jsonl"], train=False)
+        evaluation.main(["--config", CONFIG_7B, "dry_run=true", "eval_data=x.jsonl"])
     assert "dry_run: only cure.py" in capsys.readouterr().err
 
 

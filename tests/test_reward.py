@@ -268,17 +268,55 @@ def pool():
 
 
 EQUAL = [
-    (r"\boxed{34}", "34"), (r"$34$", "34"), (r"\boxed{0.5}", r"\frac{1}{2}"), (r"\boxed{x(x+1)}", "x^2+x"),
+    (r"\boxed{34}", "34"), (r"\boxed{12}, so \boxed{34}", "34"), (r"\boxed{0.5}", r"\frac{1}{2}"), (r"\boxed{x(x+1)}", "x^2+x"),
     (r"\boxed{\frac{2}{4}}", r"\boxed{\frac12}"), (r"\boxed{(1, 2)}", "(1,2)"), (r"\boxed{2^{10}}", "1024"),
 ]  # fmt: skip
-UNEQUAL = [(r"\boxed{35}", "34"), (r"\boxed{-x}", "x"), (r"\boxed{(2, 1)}", "(1,2)"), ("34", "34"), ("", "34")]
+UNEQUAL = [
+    (r"\boxed{35}", "34"), (r"\boxed{-x}", "x"), (r"\boxed{(2, 1)}", "(1,2)"), (r"\boxed{34}, no, \boxed{12}", "34"),
+    ("34", "34"), ("", "34"), ("$34$", "34"), (r"$34$ \boxed{?}", "34"), (r"$34$ \boxed{34", "34"),
+    (r"\boxed{34} \boxed{3", "34"),
+]  # fmt: skip
 
 
 def test_math_verify_judges_the_same_in_this_process_and_in_the_pool(pool):
     verdicts, counts = pool.score_all(EQUAL + UNEQUAL, "math_verify")
     assert [v[:2] for v in verdicts] == [RIGHT] * len(EQUAL) + [WRONG] * len(UNEQUAL)
     assert verdicts == [score(text, gold, "math_verify") for text, gold in EQUAL + UNEQUAL]
-    assert counts == {"reward/timeout": 0, "reward/crash": 0, "reward/parse_fail": 2}  # the two without any LaTeX
+    assert counts == {"reward/timeout": 0, "reward/crash": 0, "reward/parse_fail": 6}  # the last six
+
+
+GOLDS = [  # what math-verify alone would judge otherwise, from real golds: (response, gold, right)
+    (r"\boxed{4.5 \times 10^{33}}", "4.5e33", True), (r"\boxed{4.5e33}", "4.5e33", True), (r"\boxed{4.5e32}", "4.5e33", False),
+    (r"\boxed{\sin(\pi)}", "0", True), (r"\boxed{\sqrt2\sqrt2-2}", "0", True), (r"\boxed{10^{-9}}", "0", False),
+    ("step \\boxed{3}.\nAnswer: 5", "5", True), ("Answer: 5, so \\boxed{3}", "5", False),
+    ("an open \\boxed{3 first.\nAnswer: 5", "5", True), (r"Answer: $\boxed{5}$", "5", True),
+    (r"\boxed{10^{-5}}", "1e-5", True), (r"\boxed{1.04\cdot10^{-3} \text{ cm}}", "1.04e-3", True),
+    (r"\boxed{0}", "1.325e-27", False), (r"\boxed{2.88e-19}", "1.325e-27", False), (r"\boxed{1.3251e-27}", "1.325e-27", True),
+    (r"\boxed{-\frac13}", "-1./3", True), (r"\boxed{\frac13}", "-1./3", False),
+    (r"\boxed{\arcsin(10/13)}", "np.arcsin(10/13)", True),
+    (r"\boxed{\frac tm}", r"\frac{1}{m} t", True), (r"\boxed{\frac{c}{\sqrt 2}}", r"\frac{1}{\sqrt{2}}c", True),
+    (r"\boxed{\frac{37}{4}}", r"\frac{37}{4} m", True), (r"\boxed{\frac{m}{t}}", r"\frac{1}{m} t", False),
+    (r"\boxed{n^2-n-1}", r"$m_{\max }=n^{2}-n-1$", True), (r"\boxed{n^2-n}", r"$m_{\max }=n^{2}-n-1$", False),
+    (r"\boxed{84, 69}", "$69$,$84$", True), (r"\boxed{69}", "$69$,$84$", False), (r"\boxed{221,8}", "$221,$8$", True),
+    (r"\boxed{166\text{ cm}^2}", "$166$", True), ("Answer: 34", "34", True), ("so.\nAnswer: \\frac12", "0.5", True),
+    ("Answer: 35", "34", False), (r"\boxed{69} or \boxed{84}", "$69$,$84$", True),
+    (r"we simplify $\sqrt{242}$", r"11\sqrt{2}", False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "gold", "right"), GOLDS)
+def test_golds_as_the_benchmarks_write_them(text, gold, right):
+    assert score(text, gold, "math_verify")[1] is right
+
+
+@pytest.mark.parametrize("answer", ["73", "073", "(73)", "73.0", r"\textbf{(073)}", r"\mathbf{73}", "x = 73", r"73^\circ"])
+def test_an_integer_may_be_written_like_this(answer):
+    assert score(rf"\boxed{{{answer}}}", "73", "integer")[1]
+
+
+@pytest.mark.parametrize("answer", ["730", "-73", "73.5", "7 3 0", "0.73", "74", "{", ""])
+def test_another_number_is_another_integer(answer):
+    assert not score(rf"\boxed{{{answer}}}", "73", "integer")[1]
 
 
 def test_math_verify_in_this_process_sets_no_signal():

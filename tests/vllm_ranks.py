@@ -115,8 +115,11 @@ def skipped_sync(*argv):
     cure.main(list(argv))
 
 
+def main(name, *args):
+    globals()[name](*args)
+    dist.barrier()
+
+
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    globals()[sys.argv[1]](*sys.argv[2:])
-    dist.barrier()
-    leave()
+    leave(main, *sys.argv[1:])
