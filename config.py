@@ -66,6 +66,12 @@ class Config:
     entropy_mask_side: str = "top"  # top | bottom | random
     entropy_mask_scope: str = "mini"  # mini: exact-k over the minibatch and all ranks | micro: per micro-batch (official code)
     entropy_mask_norm: str = "kept"  # kept | all: what the masked loss is divided by
+    entropy_coef: float = 0.0  # entropy bonus: - entropy_coef x H of every token in the loss; 0 = off
+    loss_mode: str = "ppo"  # ppo | clip_cov (no dual clip) | kl_cov (no clip): arXiv 2505.22617, loss.token_covariance
+    cov_share: float = 2e-4  # of a minibatch's tokens, so many are touched, at least one; the paper's KL-Cov on 7B: 2e-3
+    clip_cov_low: float = 1.0  # clip_cov: drawn of tokens whose covariance is between these
+    clip_cov_high: float = 5.0
+    kl_cov_coef: float = 0.1  # kl_cov: of |logp - old logp|; verl's configuration, 1 in the paper and in the code's own default
     reuse_entropy_logp: bool = False  # base rollouts' old log-probs from the entropy pass; ratio 1 only up to rounding
     # optimizer: AdamW, eps 1e-8, weight decay on all parameters
     lr: float = 1e-6
@@ -98,6 +104,7 @@ class Config:
     plan_gpu: str = "h100"  # h100 | h200 | a100 (80 GB) | l40s | rtx4090
     plan_gpus: int = 8  # of one node
     plan_mean_response: int = 0  # tokens of a response; 0 = 1000, or 40 % of max_response_tokens where that is less
+    walkthrough: bool = False  # print the tensors of the first training step and stop; writes nothing (walkthrough.py)
     # files
     out_dir: str = ""  # default runs/<name of the config file>
     init_from: str = ""  # weights to start from instead of model (a checkpoint's hf folder)
@@ -120,24 +127,25 @@ CHOICES = {
     "template": TEMPLATES, "verifier": VERIFIERS, "kind": ("rl", "sft"),
     "critical": ("entropy", "random", "none"), "clause": ("prefix", "last"), "on_starved": ("train", "raise"),
     "overlong_scope": ("continuation", "total"), "reward_scope": ("response", "continuation"),
-    "agg": ("token", "sequence", "micro"), "entropy_mask_side": ("top", "bottom", "random"),
+    "agg": ("token", "sequence", "micro"), "loss_mode": ("ppo", "clip_cov", "kl_cov"),
+    "entropy_mask_side": ("top", "bottom", "random"),
     "entropy_mask_scope": ("mini", "micro"), "entropy_mask_norm": ("kept", "all"), "engine": ("auto", "vllm", "torch"),
     "dtype": ("auto", "float32", "bfloat16"), "plan_gpu": ("h100", "h200", "a100", "l40s", "rtx4090"),
 }  # fmt: skip
 POSITIVE = ("n1", "max_prompt_tokens", "max_response_tokens", "prompts_per_step", "prompts_per_round", "max_rounds",
             "prompts_per_minibatch", "critical_top_k", "micro_batch_tokens", "head_chunk", "eval_n", "lr", "temperature",
-            "engine_rows", "keep_ckpts", "eval_top_p", "plan_gpus")  # fmt: skip
+            "engine_rows", "keep_ckpts", "eval_top_p", "plan_gpus", "cov_share")  # fmt: skip
 NOT_NEGATIVE = ("n2", "steps", "warmup", "weight_decay", "grad_clip", "clip_low", "clip_high", "overlong_buffer", "tis_cap",
                 "eval_prompts", "eval_every", "eval_temperature", "max_steps", "save_every", "samples_per_step", "max_logp_gap",
-                "gpu_memory_utilization", "prompts_per_chunk", "plan_mean_response")  # fmt: skip
+                "gpu_memory_utilization", "prompts_per_chunk", "plan_mean_response", "entropy_coef", "kl_cov_coef")  # fmt: skip
 # keys a resumed run may change: they say how long, how often and where, not what is computed
 FREE_KEYS = {"max_steps", "save_every", "keep_ckpts", "keep_hf", "eval_every", "samples_per_step", "resume", "out_dir",
-             "dry_run", "plan_gpu", "plan_gpus", "plan_mean_response"}  # fmt: skip
+             "dry_run", "walkthrough", "plan_gpu", "plan_gpus", "plan_mean_response"}  # fmt: skip
 # keys of the whole run: one model, one engine, one folder for all stages
 RUN_KEYS = ("model", "toy_dir", "stop_token_ids", "engine", "dtype", "micro_batch_tokens", "head_chunk",
             "activation_checkpointing", "compile",
             "engine_rows", "engine_kv_mib", "gpu_memory_utilization", "prefix_caching", "seed", "out_dir", "init_from",
-            "only_stage", "resume", "max_steps", "dry_run", "plan_gpu", "plan_gpus")  # fmt: skip
+            "only_stage", "resume", "max_steps", "dry_run", "walkthrough", "plan_gpu", "plan_gpus")  # fmt: skip
 
 
 def load_config(argv, usage=None):
@@ -217,6 +225,14 @@ def check(cfg):
         raise ValueError("top_p: must be 1 in training, log-probs of a cut distribution bias every ratio (eval_top_p is free)")
     if not 0 < cfg.entropy_mask_rho <= 1:
         raise ValueError(f"entropy_mask_rho: must be in (0, 1], got {cfg.entropy_mask_rho}")
+    if cfg.entropy_mask_side != "top" and cfg.entropy_mask_rho == 1:
+        raise ValueError(f"entropy_mask_side: {cfg.entropy_mask_side} masks nothing at entropy_mask_rho 1: lower that, e.g. 0.2")
+    if cfg.loss_mode != "ppo" and cfg.entropy_mask_rho < 1:
+        raise ValueError(f"loss_mode: {cfg.loss_mode} and entropy_mask_rho {cfg.entropy_mask_rho} both choose tokens: take one")
+    if cfg.cov_share > 1:
+        raise ValueError(f"cov_share: is a share of the tokens, at most 1, got {cfg.cov_share}")
+    if not cfg.clip_cov_low < cfg.clip_cov_high:
+        raise ValueError(f"clip_cov_low: {cfg.clip_cov_low} leaves nothing below clip_cov_high {cfg.clip_cov_high}")
     if cfg.kind == "rl" and cfg.group_size < 2:
         raise ValueError(f"n1, n2: a group of n1 (1 + n2) = {cfg.group_size} rollouts has nothing to compare")
     if cfg.eval_temperature == 0 and cfg.eval_n > 1:

@@ -30,10 +30,24 @@ import analyze
 import checkpoint
 import data
 import rollout
+import walkthrough
 from checkpoint import LOGS, everywhere
 from config import load_config
 from eval import evaluate, find, grader
-from loss import entropy_mask, group_advantages, mismatch, n_kept, policy_loss, token_weights, truncated_importance
+from loss import (
+    clip_cov_loss,
+    clip_cov_tokens,
+    entropy_mask,
+    group_advantages,
+    kl_cov_loss,
+    kl_cov_tokens,
+    mismatch,
+    n_kept,
+    policy_loss,
+    token_covariance,
+    token_weights,
+    truncated_importance,
+)
 from plan import engine_share, forward_flops, peak_flops
 from plan import report as plan_report
 from policy import Policy, compute_dtype, init_distributed, leave, load_lm, packed_length, partition
@@ -101,10 +115,11 @@ def prepare(run, cfg, rollouts, m):
 
     Kept groups are split as evenly as possible over ceil(kept / prompts_per_minibatch) optimizer steps, so that no leftover
     gets a full step of its own. The old log-probs come from one pass in the update's own micro-batches: the same shapes give
-    the same floats, and the first minibatch's ratio is exactly 1."""
+    the same floats, and the first minibatch's ratio is exactly 1.  (CURE-8)"""
     groups = sorted({r.group for r in rollouts})
     if not groups:
         return []
+    # a group is base and branch rollouts of one prompt together  (CURE-7)
     advantages = group_advantages(torch.tensor([r.reward for r in rollouts]), torch.tensor([r.group for r in rollouts]))
     for r, a in zip(rollouts, advantages.tolist(), strict=True):
         r.advantage = a
@@ -193,6 +208,7 @@ def minibatch_loss(run, cfg, rollouts, mini, seed, sums):
     if rho < 1 and cfg.entropy_mask_norm == "kept":
         micro = [n_kept(sum(lengths[i] for i in mb), rho) for rank in mini for mb in rank]
         kept_total = n_kept(n_tokens, rho) if keeps else sum(micro)
+    chosen = {} if cfg.loss_mode == "ppo" else choose_by_covariance(run, cfg, rollouts, mini, seed)
 
     def loss_fn(rows, logp, entropy):
         """A micro-batch's share of the minibatch's loss, a scalar. rows: its rollouts; logp, entropy (R,): of all their response
@@ -204,10 +220,20 @@ def minibatch_loss(run, cfg, rollouts, mini, seed, sums):
         old = cat([r.old_logp for r in rows])  # (T,)
         advantage = torch.tensor([r.advantage for r in rows], device=logp.device).repeat_interleave(length)
         loss, flags = policy_loss(logp, old, advantage, cfg.clip_low, cfg.clip_high, cfg.clip_dual)
+        if chosen:  # Clip-Cov or KL-Cov in its place
+            picked, cov = (cat([chosen[id(r)][j] for r in rows]) for j in (0, 1))
+            if cfg.loss_mode == "clip_cov":
+                loss, flags = clip_cov_loss(logp, old, advantage, picked > 0, cfg.clip_low, cfg.clip_high)
+            else:
+                loss, flags = kl_cov_loss(logp, old, advantage, picked > 0, cfg.kl_cov_coef)
+            add("cov", cov)
+            add("cov_share", picked)
         if cfg.tis_cap:
             weight = truncated_importance(old, cat([r.engine_logp for r in rows]), cfg.tis_cap)
             loss = loss * weight
             add("tis_weight", weight)
+        if cfg.entropy_coef:  # entropy bonus (A3C, arXiv 1602.01783): H is differentiated, and averaged as the loss is  (ENT-1)
+            loss = loss - cfg.entropy_coef * entropy
         counts = length
         if rho < 1:
             if keeps:
@@ -235,6 +261,36 @@ def minibatch_loss(run, cfg, rollouts, mini, seed, sums):
         sums[key] = sums.get(key, 0.0) + values.double().sum().item()
 
     return loss_fn
+
+
+def choose_by_covariance(run, cfg, rollouts, mini, seed):
+    """The tokens of a minibatch that Clip-Cov or KL-Cov touch -> {id(rollout): (chosen, cov)}, two float arrays (T,) each,
+    the same on every rank. A collective.
+
+    The covariance is that of the paper: over all tokens of the minibatch, under the policy as it is now. So the log-probs are
+    scored once more before the update, in its own micro-batches, which gives the floats of the update's own forward, except
+    in the first minibatch (seed ends in 0), where they are the old ones. The official code takes what one micro-batch on
+    one rank holds instead: its choice, and at least one token for each, depends on how the minibatch is cut."""
+    members = sorted(i for rank in mini for mb in rank for i in mb)
+    now = {i: rollouts[i].old_logp for i in members}
+    if seed[-1] > 0:
+        mine = mini[run.rank]
+        scored = run.policy.score([[rollouts[i] for i in mb] for mb in mine], cfg.temperature)
+        now = dict(gather([(i, logp) for i, (logp, _) in zip(sum(mine, []), scored, strict=True)]))
+    lengths = [len(now[i]) for i in members]
+    logp = torch.from_numpy(np.concatenate([now[i] for i in members]))  # (N,)
+    old = torch.from_numpy(np.concatenate([rollouts[i].old_logp for i in members]))
+    advantage = torch.tensor([rollouts[i].advantage for i in members]).repeat_interleave(torch.tensor(lengths))
+    cov = token_covariance(logp, advantage)  # (N,)
+    if cfg.loss_mode == "clip_cov":
+        _, flags = policy_loss(logp, old, advantage, cfg.clip_low, cfg.clip_high)
+        rng = torch.Generator().manual_seed(request_seed(*seed, "clip_cov"))
+        clipped = flags["clipped_low"] | flags["clipped_high"]
+        chosen = clip_cov_tokens(cov, clipped, cfg.cov_share, cfg.clip_cov_low, cfg.clip_cov_high, rng)
+    else:
+        chosen = kl_cov_tokens(cov, cfg.cov_share)
+    parts = zip(members, chosen.float().split(lengths), cov.split(lengths), strict=True)
+    return {id(rollouts[i]): (c.numpy(), x.numpy()) for i, c, x in parts}
 
 
 def sft_step(run, cfg, task, step):
@@ -365,7 +421,10 @@ def setup(argv):
     """Everything that a user can get wrong is refused here, before a file of the run is written. None: dry_run."""
     with one_line_errors():
         stages = load_config(argv, usage=__doc__)
-        if not stages[0][1].dry_run:
+        first = stages[0][1]
+        if first.walkthrough and first.kind == "sft":
+            raise ValueError(f"walkthrough: shows a step of reinforcement learning, the first stage {first.name} is sft")
+        if not first.dry_run:
             return prepare_run(stages)
         print_plan(stages)
 
@@ -381,7 +440,7 @@ def prepare_run(stages, train=True, trainer=True):
         c.model = c.toy_dir if c.model == "toy" else c.model
         c.data = f"{c.toy_dir}/train.jsonl" if c.data == "toy" else c.data
         c.eval_data = f"{c.toy_dir}/heldout.jsonl" if c.eval_data == "toy" else c.eval_data
-    resume = checkpoint.find(run, first) if train else None
+    resume = checkpoint.find(run, first) if train and not first.walkthrough else None
     if resume:
         run.state = checkpoint.read_json(f"{resume}/meta.json")
         if run.finished:
@@ -438,7 +497,7 @@ def prepare_run(stages, train=True, trainer=True):
     if resume:
         checkpoint.load(run, resume)
         run.print(f"resumed from step {run.state['step']} ({run.state['stage']} {run.state['stage_step']}, {resume})")
-    if train:
+    if train and not first.walkthrough:
         everywhere((lambda: start_files(run, resume)) if run.rank == 0 else None, ValueError)
     return run
 
@@ -680,6 +739,10 @@ def main(argv):
     """Run all stages of a config, from where the run folder stands."""
     run = setup(argv)
     if run is None:  # dry_run
+        return 0
+    if run.stages[0][1].walkthrough:
+        walkthrough.show(run)
+        end_group(run)
         return 0
     if run.finished:
         run.print(f"the run in {run.out} is finished already")

@@ -1,7 +1,8 @@
 """The numbers that train the policy. Tensors in, tensors out: no config, no distributed, no logging, nothing of ours imported.
 
 Symbols: N rollouts · T response tokens of a micro-batch, packed one rollout after the other · V vocabulary · D width.
-Papers: DAPO = arXiv 2503.14476, 80/20 = arXiv 2506.01939, CURE = arXiv 2508.11016, TIS = F. Yao et al. 2025.
+Papers: DAPO = arXiv 2503.14476, 80/20 = arXiv 2506.01939, CURE = arXiv 2508.11016, TIS = F. Yao et al. 2025,
+Clip-Cov and KL-Cov = G. Cui et al., arXiv 2505.22617.
 """
 
 import math
@@ -154,6 +155,55 @@ def entropy_mask(entropy, rho, side="top", generator=None):
     keep = torch.zeros(T, dtype=torch.bool, device=entropy.device)
     keep[order[: n_kept(T, rho)].to(entropy.device)] = True
     return keep
+
+
+# ------------------------------------------------------------------------------------------------- variants, off by default
+def token_covariance(logp, advantage):
+    """cov_t = (logp_t - mean logp) (A_t - mean A), Cui et al. eq. 10. Their mean is the covariance of log-prob and advantage, to
+    which the entropy that a step costs is proportional, to first order and for a natural gradient (theorem 2).  (COV-1)
+
+    logp, advantage (N,): of every response token of the minibatch, over all ranks. Returns (N,) fp32, nats, detached."""
+    logp, advantage = logp.detach().double(), advantage.double()
+    return ((logp - logp.mean()) * (advantage - advantage.mean())).float()
+
+
+def n_chosen(n, share):
+    """How many of n tokens Clip-Cov and KL-Cov touch: max(1, int(share n)), their code's number."""
+    return max(1, int(share * n))
+
+
+def clip_cov_tokens(cov, clipped, share, low, high, generator):
+    """Clip-Cov (eq. 11): n_chosen tokens, or all where there are fewer, drawn uniformly of those with low < cov < high that the
+    ratio clip has not cut off already.  (COV-2)
+
+    cov (N,), clipped bool (N,) -> bool (N,). Every token draws a number and the smallest of the eligible win, so that a
+    covariance which rounding moves over a bound changes one choice, where a permutation of the eligible would change all."""
+    draw = torch.rand(len(cov), generator=generator, dtype=torch.float64)
+    eligible = (cov > low) & (cov < high) & ~clipped
+    order = draw.masked_fill(~eligible, math.inf).argsort(stable=True)
+    chosen = torch.zeros_like(clipped)
+    chosen[order[: n_chosen(len(cov), share)]] = True
+    return chosen & eligible
+
+
+def kl_cov_tokens(cov, share):
+    """KL-Cov (eq. 13): the n_chosen tokens of largest covariance, of equal ones the first. (N,) -> bool (N,).  (COV-3)"""
+    chosen = torch.zeros(len(cov), dtype=torch.bool)
+    chosen[cov.argsort(descending=True, stable=True)[: n_chosen(len(cov), share)]] = True
+    return chosen
+
+
+def clip_cov_loss(logp, old_logp, advantage, chosen, clip_low, clip_high):
+    """Clip-Cov (eq. 12): policy_loss without the dual clip, and 0 for the chosen tokens, bool (T,). Returns what that returns."""
+    loss, flags = policy_loss(logp, old_logp, advantage, clip_low, clip_high, clip_dual=math.inf)
+    return loss.masked_fill(chosen, 0.0), flags
+
+
+def kl_cov_loss(logp, old_logp, advantage, chosen, coef):
+    """KL-Cov (eq. 14): -A r without any clip, plus coef |logp - old_logp| for the chosen tokens, bool (T,). Returns what
+    policy_loss returns. The penalty has no gradient where logp = old_logp: in a step's first minibatch it does nothing."""
+    loss, flags = policy_loss(logp, old_logp, advantage, math.inf, math.inf, math.inf)
+    return loss + coef * (logp - old_logp).abs() * chosen, flags
 
 
 # ------------------------------------------------------------------------------------------------------- trainer vs engine

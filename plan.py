@@ -281,7 +281,11 @@ def step_phases(cfg, config, gpu, world):
         prefill = 0 if cfg.prefix_caching else base.count
         out.append(decode_phase("generate branches", config, cfg, gpu, world, sampled[1], chunks, prefill))
     parts = kept[1:] if cfg.reuse_entropy_logp and scored else kept
-    return [*out, pass_phase("old log-probs", config, cfg, gpu, world, parts, minibatches), update]
+    out.append(pass_phase("old log-probs", config, cfg, gpu, world, parts, minibatches))
+    if cfg.loss_mode != "ppo" and minibatches > 1:  # before every minibatch but the first (cure.choose_by_covariance)
+        again = [b._replace(count=b.count * (minibatches - 1) // minibatches) for b in kept]
+        out.append(pass_phase("covariance pass", config, cfg, gpu, world, again, minibatches - 1))
+    return [*out, update]
 
 
 # -------------------------------------------------------------------------------------------------------------- memory and disk

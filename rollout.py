@@ -375,7 +375,7 @@ def sample_round(cfg, engine, policy, task, step, draw_ids, ordinal, metrics):
     ]
     branches = []
     if cfg.n2:
-        with timed(metrics, "entropy"):  # with the training model itself, same weights: exact, and free of vLLM's top-k limit
+        with timed(metrics, "entropy"):  # of the training model, same weights: exact, free of vLLM's top-k limit  (CURE-5)
             if cfg.critical != "none":
                 for r, (logp, entropy) in zip(base, policy.score_local(base, cfg.temperature), strict=True):
                     r.old_logp, r.entropy = logp, entropy
@@ -395,6 +395,7 @@ def sample_round(cfg, engine, policy, task, step, draw_ids, ordinal, metrics):
             h_star = float(h[t]) if r.entropy is not None else float("nan")
             refined.append((r, parent, t, h_star, r.response_ids[a:t]))  # (CURE-3): the critical token itself is dropped
         with timed(metrics, "gen_branch"):
+            # one request with n2 samples: all branches of a base response leave it at the same t*  (CURE-6)
             seeds = [request_seed(cfg.seed, task.stage, step, r.prompt_id, parent) for r, parent, *_ in refined]
             answers = engine.generate([r.prompt_ids + pre for r, _, _, _, pre in refined], cfg.n2, sampling, seeds)
         branches = [

@@ -201,16 +201,26 @@ def test_entropy_mask_identities(config, tmp_path):
 
 @pytest.mark.parametrize(
     "overrides",
-    [("reuse_entropy_logp=true",), ("tis_cap=2.0",), ("agg=micro",), ("agg=sequence",), ("critical=none",), ("critical=random",),
-     ("clause=last",), ("entropy_mask_rho=0.2", "entropy_mask_scope=micro"), ("entropy_mask_rho=0.2", "entropy_mask_side=random"),
+    [("reuse_entropy_logp=true",), ("tis_cap=2.0",), ("agg=micro",), ("entropy_mask_rho=0.2", "entropy_mask_scope=micro"),
      ("overlong_buffer=4", "overlong_scope=total"), ("activation_checkpointing=true",), ("reward_scope=continuation",)],
 )  # fmt: skip
 def test_every_setting_of_the_loop_takes_a_step(config, tmp_path, overrides):
+    """Those that are no method of the README's table: test_docs.py runs these."""
     m = first_line(config, tmp_path, *overrides)
     assert m["actor/grad_norm"] > 0 and m["opt_step"] == 1
     if overrides[0] in ("reuse_entropy_logp=true", "tis_cap=2.0", "activation_checkpointing=true"):
         plain = first_line(config, tmp_path / "plain")
         assert m["actor/grad_norm"] == pytest.approx(plain["actor/grad_norm"], rel=1e-4), "same mathematics, other arithmetic"
+
+
+@pytest.mark.parametrize("mode", ["clip_cov", "kl_cov"])
+def test_covariance_variants_take_steps_of_several_minibatches_and_log_what_they_chose(config, tmp_path, mode):
+    argv = "n1=8", "n2=0", "prompts_per_minibatch=1", "clip_cov_low=0.1", "cov_share=0.02", "lr=1e-2"
+    m = first_line(config, tmp_path / mode, *argv, f"loss_mode={mode}")
+    cov, share = m["actor/cov"], m["actor/cov_share"]
+    print(f"{mode}: covariance {cov:.4f}, share chosen {share:.4f}, clipped {m['actor/pg_clipfrac']:.3f}")
+    assert m["opt_step"] == 4 and m["actor/cov"] != 0 and 0 < m["actor/cov_share"] <= 0.02
+    assert (m["actor/pg_clipfrac"] > 0) == (mode == "clip_cov"), "KL-Cov has no clip"
 
 
 # ------------------------------------------------------------------------------------------------------- what must be caught
@@ -324,6 +334,14 @@ BAD_CONFIG = {
     ("warmup=-3",): "warmup: must not be negative",
     ("keep_ckpts=0",): "keep_ckpts: must be positive",
     ("eval_temperature=0",): "eval_n: greedy",
+    ("loss_mode=clip_cov+kl_cov",): "loss_mode: must be one of ppo, clip_cov, kl_cov",
+    ("loss_mode=clip_cov", "entropy_mask_rho=0.2"): "loss_mode: clip_cov and entropy_mask_rho 0.2 both choose tokens",
+    ("entropy_mask_side=bottom",): "entropy_mask_side: bottom masks nothing at entropy_mask_rho 1",
+    ("clip_cov_low=5",): "clip_cov_low: 5.0 leaves nothing below clip_cov_high 5.0",
+    ("cov_share=0",): "cov_share: must be positive",
+    ("cov_share=2",): "cov_share: is a share",
+    ("entropy_coef=-0.1",): "entropy_coef: must not be negative",
+    ("kl_cov_coef=nan",): "kl_cov_coef: must not be negative",
 }
 
 

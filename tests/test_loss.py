@@ -11,12 +11,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import loss
 from loss import (
+    clip_cov_loss,
+    clip_cov_tokens,
     entropy_mask,
     group_advantages,
+    kl_cov_loss,
+    kl_cov_tokens,
     logp_and_entropy,
     mismatch,
+    n_chosen,
     n_kept,
     policy_loss,
+    token_covariance,
     token_weights,
     truncated_importance,
 )
@@ -447,6 +453,100 @@ def test_norm_all_is_the_share_kept_of_norm_kept():
     of_all = (values * keep * token_weights(lengths, lengths, "token", 40, 2)).sum()
     assert of_all.item() == pytest.approx(8 / 40 * kept.item(), rel=1e-5)
     assert kept.item() == pytest.approx(values[keep].mean().item(), rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------ Clip-Cov and KL-Cov
+def test_covariance_fixture():
+    logp, advantage = torch.tensor([-1.0, -2.0, -3.0, -6.0]), torch.tensor([2.0, 0.0, -1.0, -1.0])
+    cov = token_covariance(logp, advantage)             # means -3 and 0
+    assert cov.dtype == torch.float32 and cov.tolist() == [4, 0, 0, 3] and cov.mean() == 7 / 4
+
+
+@given(st.lists(st.tuples(st.floats(-30, 0, width=32), st.floats(-4, 4, width=32)), min_size=1, max_size=50))
+@settings(deadline=None)
+def test_covariance_agrees_with_the_formula_and_its_mean_with_the_covariance(rows):
+    logp, advantage = ([r[i] for r in rows] for i in (0, 1))
+    n, a, b = len(rows), math.fsum(logp) / len(rows), math.fsum(advantage) / len(rows)
+    expected = [(x - a) * (y - b) for x, y in rows]
+    cov = token_covariance(torch.tensor(logp, requires_grad=True), torch.tensor(advantage))
+    assert cov.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-5) and not cov.requires_grad
+    assert cov.double().mean().item() == pytest.approx(math.fsum(x * y for x, y in rows) / n - a * b, rel=1e-4, abs=1e-4)
+
+
+def test_covariance_keeps_its_precision_over_half_a_million_tokens():
+    logp, advantage = -torch.rand(500_000, generator=gen(0)), torch.randn(500_000, generator=gen(1))
+    gap = (token_covariance(logp, advantage) - (logp - -0.5) * advantage).abs().max().item()
+    print(f"500,000 tokens, from the means of the distribution: {gap:.1e}")
+    assert gap < 0.02                                    # the sample's means are that close to the distribution's
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (4999, 1), (5000, 1), (9999, 1), (10_000, 2), (500_000, 100)])
+def test_two_in_ten_thousand_are_chosen_and_at_least_one(n, k):
+    assert n_chosen(n, 2e-4) == k
+
+
+COV = st.lists(st.tuples(st.sampled_from([-1.0, 0.0, 0.5, 1.0, 1.5, 2.0, 5.0, 7.0]), st.booleans()), min_size=1, max_size=60)
+
+
+@given(COV, st.sampled_from([2e-4, 0.1, 0.5, 1.0]), st.integers(0, 99))
+@settings(deadline=None)
+def test_clip_cov_chooses_so_many_of_the_eligible_and_kl_cov_the_largest(rows, share, seed):
+    cov, clipped = torch.tensor([r[0] for r in rows]), torch.tensor([r[1] for r in rows])
+    k = max(1, int(share * len(rows)))
+    chosen = clip_cov_tokens(cov, clipped, share, 1.0, 5.0, gen(seed)).nonzero()[:, 0].tolist()
+    eligible = {i for i, (c, cut) in enumerate(rows) if 1 < c < 5 and not cut}
+    assert set(chosen) <= eligible and len(chosen) == min(k, len(eligible))
+    order = sorted(range(len(rows)), key=lambda i: (-rows[i][0], i))
+    assert kl_cov_tokens(cov, share).nonzero()[:, 0].tolist() == sorted(order[:k])
+
+
+def test_clip_cov_draws_uniformly_from_its_own_generator():
+    cov, clipped, before = torch.full((40,), 2.0), torch.arange(40) % 4 == 0, torch.get_rng_state()
+    a, b, c = (clip_cov_tokens(cov, clipped, 0.25, 1, 5, gen(s)) for s in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c) and torch.equal(torch.get_rng_state(), before)
+    share = sum(clip_cov_tokens(cov, clipped, 0.25, 1, 5, gen(s)).double() for s in range(600)) / 600
+    assert (share[~clipped] - 1 / 3).abs().max() < 0.1 and not share[clipped].any()   # 5 standard deviations
+
+
+def test_a_covariance_that_crosses_a_bound_changes_one_choice_of_clip_cov():
+    cov, clipped = torch.full((500,), 2.0), torch.zeros(500, dtype=torch.bool)
+    most = 0
+    for i in range(50):
+        moved = cov.index_fill(0, torch.tensor([10 * i]), 0.99)
+        a, b = (clip_cov_tokens(x, clipped, 0.2, 1, 5, gen(3)) for x in (cov, moved))
+        most = max(most, int((a & ~b).sum()))
+        assert a.sum() == b.sum() == 100 and not b[10 * i]
+    assert most == 1
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "chosen", "expected", "slope"),
+    [  # Clip-Cov: PPO's clip, no dual clip, nothing of the chosen
+        (1.0, 1, False, -1, -1), (1.0, 1, True, 0, 0), (1.5, 1, False, -1.28, 0), (0.5, -1, False, 0.8, 0),
+        (20, -1, False, 20, 20), (20, -1, True, 0, 0),
+    ],
+)  # fmt: skip
+def test_clip_cov_loss_fixtures(ratio, advantage, chosen, expected, slope):
+    logp = torch.tensor([math.log(ratio)], requires_grad=True)
+    out, flags = clip_cov_loss(logp, torch.zeros(1), torch.tensor([float(advantage)]), torch.tensor([chosen]), 0.2, 0.28)
+    out.sum().backward()
+    assert out.item() == pytest.approx(expected, rel=1e-6) and logp.grad.item() == pytest.approx(slope, rel=1e-6)
+    assert not flags["clipped_dual"].any()
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "chosen", "expected", "slope"),
+    [  # KL-Cov: no clip; the chosen pay c |log r|, whose slope is c, -c, and 0 at r = 1
+        (1.5, 1, False, -1.5, -1.5), (20, -1, False, 20, 20), (0.5, -1, False, 0.5, 0.5), (2.0, 0, False, 0, 0),
+        (1.5, 1, True, -1.5 + 0.1 * math.log(1.5), -1.4), (0.5, -1, True, 0.5 + 0.1 * math.log(2), 0.4), (1.0, 1, True, -1, -1),
+    ],
+)  # fmt: skip
+def test_kl_cov_loss_fixtures(ratio, advantage, chosen, expected, slope):
+    logp = torch.tensor([math.log(ratio)], requires_grad=True)
+    out, flags = kl_cov_loss(logp, torch.zeros(1), torch.tensor([float(advantage)]), torch.tensor([chosen]), 0.1)
+    out.sum().backward()
+    assert out.item() == pytest.approx(expected, rel=1e-5) and logp.grad.item() == pytest.approx(slope, rel=1e-5, abs=1e-7)
+    assert not any(f.any() for f in flags.values())
 
 
 # ------------------------------------------------------------------------------------------------------- trainer vs engine

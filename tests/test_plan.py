@@ -144,6 +144,10 @@ def test_settings_that_change_the_work_change_the_phases():
     assert surplus.sequences == 3 * 250 * 4                                         # 640 prompts are needed: 3 of 4 chunks
     starved = phases(qwen_7b(), "prompts_per_round=256", "max_rounds=2")
     assert starved["update"].sequences == 256 * 16
+    cov, one = (phases(qwen_7b(), "loss_mode=kl_cov", f"prompts_per_minibatch={n}") for n in (32, 512))
+    print(f"covariance pass at 7B: {cov['covariance pass'].expected:.1f} s of {cov['update'].expected:.1f} s of update")
+    assert cov["covariance pass"].sequences == 8192 * 15 // 16                      # all minibatches but the first
+    assert cov["covariance pass"].floor == pytest.approx(cov["old log-probs"].floor * 15 / 16) and "covariance pass" not in one
 
 
 def test_checkpointing_and_the_chunked_head_cost_seconds_but_no_useful_flops():

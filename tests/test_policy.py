@@ -422,6 +422,66 @@ def test_an_empty_micro_batch_adds_nothing_to_cures_loss_and_no_nan(policy, mask
     print(f"{tried} settings: gradients with and without two empty micro-batches are equal bit for bit, and finite")
 
 
+# -------------------------------------------------------------------------------------------------- variants of the loss
+def test_plain_dapo_is_policy_loss_and_token_weights_bit_for_bit_whatever_the_variants_settings(policy, masked_rows):
+    plain, _ = gradients(policy, cut(masked_rows, 128)[0], token_mean(masked_rows))   # written here, without any variant
+    for off in ({}, {"cov_share": 0.5, "clip_cov_low": 0.0, "kl_cov_coef": 9.0, "entropy_coef": 0.0}):
+        assert same(masked_gradients(policy, masked_rows, **off)[0], plain)
+
+
+def test_entropy_bonus_adds_the_gradient_of_the_mean_entropy(policy, request, masked_rows):
+    """Against plain transformers in float64: d/dw of -0.3 x mean H over all response tokens, mini- and micro-batches apart."""
+    source = request.getfixturevalue(request.node.callspec.params["policy"])
+    plain, with_bonus = (masked_gradients(policy, masked_rows, entropy_coef=c)[0] for c in (0.0, 0.3))
+    model = plain_model(source, torch.float64)
+    h = torch.cat([plain_logp(model, r)[1] for r in masked_rows])
+    (-0.3 * h.mean()).backward()
+    exact = {n: p.grad for n, p in model.named_parameters()}
+    gap = worst({n: with_bonus[n].double() - plain[n].double() for n in exact}, exact)
+    print(f"entropy bonus against float64: {gap:.1e}, mean entropy {h.mean().item():.3f}")
+    assert gap <= 1e-4                                   # a difference of two fp32 gradients
+
+
+def chosen_tokens(policy, rows, k, budget=128, **kwargs):
+    """cure.choose_by_covariance of all rows as minibatch k: {row: (chosen, cov)}."""
+    cfg = config(micro_batch_tokens=budget, **kwargs)
+    plan = partition([packed_length(r) for r in rows], 1, budget)
+    run = SimpleNamespace(policy=policy, rank=0, world=1)
+    found = cure.choose_by_covariance(run, cfg, rows, plan, (0, "stage", 1, k))
+    return [found[id(r)] for r in rows], len(plan[0])
+
+
+@pytest.mark.parametrize("k", [0, 1])
+def test_covariance_is_of_the_whole_minibatch_under_the_present_policy(policy, masked_rows, k):
+    """masked_rows' old log-probs are 0.3 nats from the present ones: k = 0 takes the old ones (there they are the same),
+    k = 1 the present ones. Against numpy, token by token, from one plain scoring of the rows."""
+    logp = [r.old_logp for r in masked_rows] if k == 0 else [x for x, _ in policy.score_local(masked_rows, 1.0)]
+    a = np.repeat([r.advantage for r in masked_rows], [len(x) for x in logp])
+    flat, old = np.concatenate(logp).astype(float), np.concatenate([r.old_logp for r in masked_rows])
+    cov = (flat - flat.mean()) * (a - a.mean())
+    found, n = chosen_tokens(policy, masked_rows, k, loss_mode="kl_cov", cov_share=0.1)
+    gap = np.abs(np.concatenate([c for _, c in found]) - cov).max()
+    top = set(np.argsort(-cov, kind="stable")[: int(0.1 * len(cov))])
+    picked = set(np.concatenate([c for c, _ in found]).nonzero()[0])
+    print(f"minibatch {k}: covariance off by {gap:.1e}, {len(top)} of {len(cov)} tokens over {n} micro-batches")
+    assert n > 1 and gap < 1e-4 and picked == top
+    found, _ = chosen_tokens(policy, masked_rows, k, loss_mode="clip_cov", cov_share=0.1, clip_cov_low=0.3, clip_cov_high=3.0)
+    picked, ratio = np.concatenate([c for c, _ in found]) > 0, np.exp(flat - old)
+    eligible = (cov > 0.3) & (cov < 3) & ~((a > 0) & (ratio > 1.28)) & ~((a < 0) & (ratio < 0.8))
+    assert not (picked & ~eligible).any() and picked.sum() == min(int(0.1 * len(cov)), eligible.sum()) > 0
+
+
+@pytest.mark.parametrize("mode", ["clip_cov", "kl_cov"])
+def test_the_choice_does_not_depend_on_how_the_minibatch_is_cut(policy, masked_rows, mode):
+    cuts = {b: chosen_tokens(policy, masked_rows, 1, budget=b, loss_mode=mode, cov_share=0.1, clip_cov_low=0.2)
+            for b in (70, 128, 4096)}  # fmt: skip
+    sizes = [n for _, n in cuts.values()]
+    for found, _ in cuts.values():
+        assert all(np.array_equal(x[0], y[0]) for x, y in zip(found, cuts[70][0], strict=True))
+    print(f"{mode}: {int(sum(c.sum() for c, _ in found))} tokens, the same for {sizes} micro-batches")
+    assert len(set(sizes)) == 3
+
+
 @pytest.mark.parametrize(
     ("kept", "per_step", "sizes"),
     [(9, 4, [3, 3, 3]), (5, 4, [3, 2]), (8, 4, [4, 4]), (7, 3, [3, 2, 2]), (3, 4, [3]), (33, 32, [17, 16]), (0, 4, [])],
@@ -694,6 +754,9 @@ VARIANTS = {
     "mask": {"entropy_mask_rho": 0.3},
     "mask of all": {"entropy_mask_rho": 0.3, "entropy_mask_norm": "all"},
     "small micro-batches": {"micro_batch_tokens": 70},
+    "clip_cov": {"loss_mode": "clip_cov", "cov_share": 0.05, "clip_cov_low": 0.2},
+    "kl_cov": {"loss_mode": "kl_cov", "cov_share": 0.05, "micro_batch_tokens": 70},
+    "entropy bonus": {"entropy_coef": 0.1, "agg": "sequence"},
 }
 
 
