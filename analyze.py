@@ -1,7 +1,9 @@
-"""From a run folder to pictures and tables; needs metrics.jsonl, no GPU and no model.
+"""From a run folder to pictures and tables; needs the run's logs, no GPU and no model.
 
     python analyze.py curves runs/toy                 the run's table, and runs/toy/plots/{curves,headline}.png
     python analyze.py compare runs/toy-s1 runs/toy-s2 runs/toy-dapo-s1 [--out FILE]         several runs, in arms
+    python analyze.py tree runs/toy                   one prompt's group as a tree: see tree.py
+    python analyze.py branches runs/toy               what branching bought: see tree.py
 
 Runs whose folder names differ only in a trailing `-s1` or `-seed1` are seeds of one arm. The colours are Okabe and
 Ito's; no line relies on colour alone, style and marker differ too. Below, a run is (training lines, evaluations).
@@ -344,6 +346,8 @@ def main():
         sub = what.add_parser(name, help=text)
         sub.add_argument("runs", nargs="+", metavar="RUN", help="a run folder")
     sub.add_argument("--out", metavar="FILE", help="the picture (default: compare.png where the runs are)")
+    import tree  # only as a script: tree.py itself imports this file
+    tree.add_commands(what)
     args, failed = parser.parse_args(), []
 
     def attempt(function, *inputs):
@@ -354,8 +358,11 @@ def main():
             warn(f"error: {error}")
             failed.append(function)
 
-    runs = [run for run in args.runs if attempt(metrics_file, run)]
-    if args.what == "compare" and runs:
+    runs = args.runs if hasattr(args, "command") else [run for run in args.runs if attempt(metrics_file, run)]
+    if hasattr(args, "command"):  # tree, branches: samples.jsonl may be all they need
+        for run in runs:
+            print(attempt(args.command, run, args) or "")
+    elif args.what == "compare" and runs:
         print(attempt(compare, runs, args.out) or "")
     elif args.what == "curves":
         for run in runs:

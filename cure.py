@@ -11,6 +11,7 @@ Symbols: P prompts · n1, n2, G = n1 (1 + n2) rollouts a prompt · N = P G · T 
 
 import contextlib
 import fcntl
+import functools
 import json
 import math
 import os
@@ -390,18 +391,22 @@ class Run:
         """Append the first samples_per_step groups to samples.jsonl."""
         groups = set(sorted({r.group for r in rollouts})[: cfg.samples_per_step or None])
         texts = {p.id: p.text for p in self.tasks[cfg.name].prompts}
+        piece = functools.cache(lambda i: self.tokenizer.decode([i]))
         shown = [r for r in rollouts if r.group in groups]
-        self.append("samples.jsonl", (sample_row(r, cfg, step, texts[r.prompt_id]) for r in shown))
+        rows = (sample_row(r, cfg, step, texts[r.prompt_id], [piece(i) for i in r.response_ids]) for r in shown)
+        self.append("samples.jsonl", rows)
 
 
-def sample_row(r, cfg, step, prompt):
-    """One line of samples.jsonl."""
+def sample_row(r, cfg, step, prompt, tokens):
+    """One line of samples.jsonl. prompt: its text; tokens: the text of each response token, so that the file can be looked at
+    without a tokenizer. Rounded in float64: as float32, 0.00007 would be written 7.000000186963007e-05."""
+    logp, entropy = (np.round(x.astype(np.float64), 5).tolist() for x in (r.old_logp, r.entropy))
     return {
         "step": step, "stage": cfg.name, "prompt_id": r.prompt_id, "group": r.group, "parent": r.parent, "t_star": r.t_star,
         "h_star": None if math.isnan(r.h_star) else r.h_star, "candidates": r.candidates, "prompt": prompt,
         "response": r.text, "prompt_ids": r.prompt_ids, "prefix_ids": r.prefix_ids, "response_ids": r.response_ids,
-        "logp": np.round(r.old_logp, 5).tolist(), "entropy": np.round(r.entropy, 5).tolist(), "reward": r.reward,
-        "correct": r.correct, "answer": r.answer, "advantage": r.advantage, "finish": r.finish,
+        "tokens": tokens, "logp": logp, "entropy": entropy, "reward": r.reward, "correct": r.correct, "answer": r.answer,
+        "advantage": r.advantage, "finish": r.finish,
     }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -47,9 +48,9 @@ def test_a_run_leaves_the_files_that_the_readme_promises(whole):
 def test_samples_are_the_rollouts_that_were_trained_on(whole):
     rows = lines(whole / "samples.jsonl")
     keys = {"step", "stage", "prompt_id", "group", "parent", "t_star", "candidates", "prompt", "response", "prompt_ids",
-            "prefix_ids", "response_ids", "logp", "entropy", "reward", "correct", "advantage", "finish"}  # fmt: skip
+            "prefix_ids", "response_ids", "tokens", "logp", "entropy", "reward", "correct", "advantage", "finish"}  # fmt: skip
     for r in rows:
-        assert keys <= r.keys() and len(r["logp"]) == len(r["entropy"]) == len(r["response_ids"])
+        assert keys <= r.keys() and len(r["logp"]) == len(r["entropy"]) == len(r["response_ids"]) == len(r["tokens"])
     for step in range(1, 7):
         groups = {}
         for r in rows:
@@ -59,6 +60,9 @@ def test_samples_are_the_rollouts_that_were_trained_on(whole):
             assert len(g) == 8 and len({r["correct"] for r in g}) == 2, "a kept group has right and wrong members"
             assert sum(r["advantage"] for r in g) == pytest.approx(0, abs=1e-4)
             for r in g:
+                inherited = g[r["parent"]]["tokens"][: r["t_star"]] if r["parent"] >= 0 else []
+                told = "".join(inherited + r["tokens"])  # a branch's prefix is told by its parent's tokens
+                assert re.sub(r"<\|(endoftext|pad)\|>", "", told) == r["response"], "special tokens are shown in tokens only"
                 if r["parent"] >= 0:
                     parent = g[r["parent"]]
                     assert parent["parent"] == -1 and r["prefix_ids"] == parent["response_ids"][: r["t_star"]]
