@@ -125,20 +125,19 @@ def fork_table(cells):
 def draw_forks(path, cells, highs, lows, n, threshold):
     """Accuracy against T_high, a line per T_low, and the other way round; bars are standard errors over prompts."""
     from matplotlib import rc_context
+    highs, lows = sorted(set(highs)), sorted(set(lows))
+    views = [("T_high", f"T_high: temperature of tokens with H > {threshold:g}", highs, lows, "T_low"),
+             ("T_low", "T_low: temperature of all other tokens", lows, highs, "T_high")]
+    views = [view for view in views if len(view[2]) > 1] or views[:1]  # one value makes no curve
     with rc_context(STYLE | {"font.size": 10.5}):
         figure = new_figure(4.4)
-        for ax, across, lines, name, other, flip in zip(
-                figure.subplots(1, 2, sharey=True), (highs, lows), (lows, highs), ("T_high", "T_low"), ("T_low", "T_high"),
-                (False, True), strict=True):
-            for i, fixed in enumerate(sorted(set(lines))):
-                xs = sorted(set(across))
-                points = [mean_and_error(cells[(fixed, x) if flip else (x, fixed)]["right"]) for x in xs]
-                i %= len(COLOURS)
-                ax.errorbar(xs, *zip(*points, strict=True), color=COLOURS[i], ls=LINES[i], marker=MARKERS[i], ms=5, capsize=2,
-                            label=f"{other} {fixed:g}")
-            where = f"H > {threshold:g}" if name == "T_high" else "all other tokens"
-            ax.set(xlabel=f"{name}: temperature of {'tokens with ' if name == 'T_high' else ''}{where}",
-                   ylabel="" if flip else f"accuracy (avg@{n}, share)")
+        for ax, (name, label, across, lines, other) in zip(figure.subplots(1, len(views), sharey=True, squeeze=False)[0], views,
+                                                           strict=True):
+            for i, fixed in enumerate(lines):
+                points = [cells[(x, fixed) if name == "T_high" else (fixed, x)]["right"] for x in across]
+                ax.errorbar(across, *zip(*map(mean_and_error, points), strict=True), color=COLOURS[i % 7], ls=LINES[i % 7],
+                            marker=MARKERS[i % 7], ms=5, capsize=2, label=f"{other} {fixed:g}")
+            ax.set(xlabel=label, ylabel=f"accuracy (avg@{n}, share)" if ax.get_subplotspec().is_first_col() else "")
             panel(ax, f"(f) Accuracy against {name}", 3)
         figure.savefig(path)
 
