@@ -184,7 +184,7 @@ def entropy(models, samples, plots, responses):
         warn(f"{samples}: (c) and (d) compare two models, only {next(iter(scored))} is there")
     steps, final = [row["step"] for row in rows], list(scored)[-1]
     print(f"{samples}: the last {len(rows)} fresh responses, of steps {steps[0]} to {steps[-1]}, {len(ids)} tokens; H in nats at "
-          "T = 1.\nA run writes down groups with right and wrong answers only: these are not its responses to all prompts.\n")
+          "T = 1.\nA step writes down groups with right and wrong answers if it has any: these are not all its responses.\n")
     high, low, number = extremes(ids, scored[final])
     text = partial(token_text, tokenizer)
     print(percentile_table(scored), token_table(high, low, number, final, text), sep="\n\n", end="\n\n")
