@@ -4,12 +4,15 @@
     python analyze.py compare runs/toy-s1 runs/toy-s2 runs/toy-dapo-s1 [--out FILE]         several runs, in arms
     python analyze.py tree runs/toy                   one prompt's group as a tree: see tree.py
     python analyze.py branches runs/toy               what branching bought: see tree.py
+    python analyze.py entropy runs/toy                where models hesitate, by running the models: entropy.py
+    python analyze.py forks runs/toy                  decoding with two temperatures: forking.py
 
 Runs whose folder names differ only in a trailing `-s1` or `-seed1` are seeds of one arm. The colours are Okabe and
 Ito's; no line relies on colour alone, style and marker differ too. Below, a run is (training lines, evaluations).
 """
 import argparse
 import functools
+import importlib
 import json
 import os
 import re
@@ -340,6 +343,8 @@ def compare(runs, out=None):
 
 def main():
     """The subcommands. What fails is one line on stderr, the rest is done; exit code 2 if anything failed."""
+    if sys.argv[1:2] in (["entropy"], ["forks"]):  # these run models: files of their own, and torch is imported
+        sys.exit(importlib.import_module({"entropy": "entropy", "forks": "forking"}[sys.argv[1]]).main(sys.argv[2:]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_subparsers(dest="what", required=True)
     for name, text in (("curves", "draw each run"), ("compare", "overlay runs, seeds of an arm averaged")):

@@ -172,6 +172,8 @@ def load_lm(path, dtype, attention):
         raise ValueError(f"model: cannot load {path!r}: {str(e).splitlines()[0]}") from e
     if missing := sorted(info["missing_keys"]):  # transformers makes up random ones, and only warns
         raise ValueError(f"model: {path!r} lacks {len(missing)} tensors, {missing[0]} for one")
+    if attention == "packed" and getattr(lm.config, "sliding_window", None) and getattr(lm.config, "use_sliding_window", True):
+        raise ValueError(f"model: {path!r} uses sliding-window attention, which the packed forward does not have")
     return lm
 
 
@@ -198,8 +200,6 @@ class Policy:
 
     def __init__(self, cfg, path, device):
         lm = load_lm(path, torch.float32, "packed")
-        if getattr(lm.config, "sliding_window", None) and getattr(lm.config, "use_sliding_window", True):
-            raise ValueError(f"model: {path!r} uses sliding-window attention, which the packed forward does not have")
         if device.type == "cuda" and compute_dtype(cfg, device) == torch.float32:
             raise ValueError("dtype: the packed attention kernel on CUDA is for bfloat16: leave dtype at auto")
         self.device, self.cfg = device, cfg
