@@ -153,8 +153,9 @@ def guard(run, cfg, rollouts, m, step):
     old = torch.from_numpy(np.concatenate([r.old_logp for r in rollouts]))
     gap = mismatch(old, torch.from_numpy(np.concatenate([r.engine_logp for r in rollouts])))
     m.update({f"mismatch/{k}": v for k, v in gap.items()})
-    for key, branch in (("actor/entropy", False), ("branch/entropy_branch", True)):
-        if h := [r.entropy for r in rollouts if (r.parent >= 0) == branch]:
+    base, branch = ([r.entropy for r in rollouts if (r.parent >= 0) == side] for side in (False, True))
+    for key, h in (("actor/entropy", base), ("branch/entropy_branch", branch), ("branch/entropy_all", branch and base + branch)):
+        if h:
             m[key] = float(np.concatenate(h).mean())
     limit = cfg.max_logp_gap
     if not limit:

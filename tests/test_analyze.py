@@ -24,8 +24,9 @@ def train_line(step, stage="stage1", **more):
 
 def branch_metrics(step):
     return {"branch/accuracy_base": .4 + .04 * step, "branch/accuracy_branch": .4 + .06 * step,
-            "branch/mean_depth": 9, "branch/entropy_at_t_star": .8, "branch/entropy_branch": .1, "branch/flip_rate": .3,
-            "timing_s/entropy": .05, "timing_s/gen_branch": .1, "timing_s/old_log_prob": .1, "timing_s/sync": .01}
+            "branch/mean_depth": 9, "branch/entropy_at_t_star": .8, "branch/flip_rate": .3, "branch/entropy_branch": .1,
+            "branch/entropy_all": .15, "timing_s/entropy": .05, "timing_s/gen_branch": .1, "timing_s/old_log_prob": .1,
+            "timing_s/sync": .01}
 
 
 def eval_line(step, stage="stage1", **more):

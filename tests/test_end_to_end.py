@@ -80,6 +80,7 @@ def test_logged_entropy_is_the_token_mean_over_base_rollouts_and_not_minus_their
         assert bool(branches) == ("branch/entropy_branch" in m) == (m["stage"] == "stage1")
         if branches:
             gaps.append(abs(m["branch/entropy_branch"] - np.concatenate(branches).mean()))
+            gaps.append(abs(m["branch/entropy_all"] - np.concatenate([h, *branches]).mean()))
     print(f"actor/entropy off by {largest(gaps):.1e} from the samples' entropies, by {min(apart):.1e} or more from -mean logp")
     assert largest(gaps) <= 1e-5 < 1e-4 < min(apart)        # samples.jsonl has five decimals
 
