@@ -3,7 +3,7 @@
     python analyze.py curves runs/toy                 the run's table, and runs/toy/plots/{curves,headline}.png
     python analyze.py compare runs/toy-s1 runs/toy-s2 runs/toy-dapo-s1 [--out FILE]         several runs, in arms
     python analyze.py tree runs/toy                   one prompt's group as a tree: see tree.py
-    python analyze.py branches runs/toy               what branching bought: see tree.py
+    python analyze.py branches runs/toy               what branching bought: see branches.py
     python analyze.py entropy runs/toy                where models hesitate, by running the models: entropy.py
     python analyze.py forks runs/toy                  decoding with two temperatures: forking.py
 
@@ -81,7 +81,7 @@ def read_run(folder):
         except json.JSONDecodeError:
             warn(f"{path}, line {number} is torn: left out")
             continue
-        if not isinstance(row, dict) or "step" not in row or "sft/step" in row:
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int) or "sft/step" in row:
             continue
         step, held_out = row["step"], "actor/entropy" not in row and any(key.startswith("eval/") for key in row)
         while train and train[-1]["step"] >= step + held_out:
@@ -125,6 +125,12 @@ def stage_spans(run):
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
+def aligned(rows):
+    """Rows of text cells -> lines: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows)
+
+
 def spread(numbers, form):
     """`0.912 ± 0.004`: mean and half range, (max - min) / 2; `-` if a number is missing; form `k` is for thousands."""
     if not np.isfinite(numbers).all():
@@ -140,8 +146,7 @@ def results_table(heads, rows, metrics):
     cells = [[*heads, *(X_AXES.get(key, key.removeprefix("eval/")) for key in forms)]]
     for first, seeds in rows:
         cells.append([*first, *(spread([value(line, key) for line in seeds], form) for key, form in forms.items())])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells)
+    return aligned(cells)
 
 
 def summary_table(run):
@@ -165,17 +170,15 @@ def ledger(run, last=None):
     rows = [["phase", "s", "s/step", "share"]]
     rows += [[phase, f"{s:.1f}", f"{s / len(train):.3f}", f"{s / total:.1%}"] for phase, s in seconds.items() if s]
     rows += [["all", f"{total:.1f}", f"{total / len(train):.3f}", "100.0%"]]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
 
     def middle(key, form):
         numbers = [value(row, key) for row in train if key in row]
         return f"{np.median(numbers):{form}}" if numbers else "-"
 
-    lines.append(f"median of {len(train)} steps: {middle('perf/throughput', '.0f')} generated tokens/s and rank over the whole "
-                 f"step, update {middle('perf/tflops', '.3g')} TFLOP/s and rank, MFU {middle('perf/mfu', '.1%')}, "
-                 f"peak {max((value(row, 'perf/peak_memory_gib') for row in train), default=0):.2f} GiB")
-    return "\n".join(lines)
+    tail = (f"median of {len(train)} steps: {middle('perf/throughput', '.0f')} generated tokens/s and rank over the whole "
+            f"step, update {middle('perf/tflops', '.3g')} TFLOP/s and rank, MFU {middle('perf/mfu', '.1%')}, "
+            f"peak {max((value(row, 'perf/peak_memory_gib') for row in train), default=0):.2f} GiB")
+    return f"{aligned(rows)}\n{tail}"
 
 
 def compare_table(arms):
@@ -351,8 +354,12 @@ def main():
         sub = what.add_parser(name, help=text)
         sub.add_argument("runs", nargs="+", metavar="RUN", help="a run folder")
     sub.add_argument("--out", metavar="FILE", help="the picture (default: compare.png where the runs are)")
-    import tree  # only as a script: tree.py itself imports this file
-    tree.add_commands(what)
+    what.add_parser("entropy", help="where models hesitate, by running the models")
+    what.add_parser("forks", help="decoding with two temperatures")
+    import branches  # only as a script: these import this file
+    import tree
+    tree.add_command(what)
+    branches.add_command(what)
     args, failed = parser.parse_args(), []
 
     def attempt(function, *inputs):
@@ -366,7 +373,8 @@ def main():
     runs = args.runs if hasattr(args, "command") else [run for run in args.runs if attempt(metrics_file, run)]
     if hasattr(args, "command"):  # tree, branches: samples.jsonl may be all they need
         for run in runs:
-            print(attempt(args.command, run, args) or "")
+            if text := attempt(args.command, run, args):
+                print(text)
     elif args.what == "compare" and runs:
         print(attempt(compare, runs, args.out) or "")
     elif args.what == "curves":

@@ -7,6 +7,7 @@
 
 import argparse
 import difflib
+import math
 import os
 from dataclasses import dataclass, field, fields
 
@@ -210,8 +211,8 @@ def check(cfg):
         if not 0 < getattr(cfg, key) < float("inf"):
             raise ValueError(f"{key}: must be positive, got {getattr(cfg, key)} (stage {cfg.name})")
     for key in NOT_NEGATIVE:
-        if not getattr(cfg, key) >= 0:
-            raise ValueError(f"{key}: must not be negative, got {getattr(cfg, key)} (stage {cfg.name})")
+        if not 0 <= getattr(cfg, key) < math.inf:
+            raise ValueError(f"{key}: must be finite and not negative, got {getattr(cfg, key)} (stage {cfg.name})")
     if cfg.prompts_per_step % cfg.prompts_per_minibatch:
         raise ValueError(
             f"prompts_per_step: {cfg.prompts_per_step} is no multiple of prompts_per_minibatch {cfg.prompts_per_minibatch}"

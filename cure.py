@@ -197,7 +197,8 @@ def minibatch_loss(run, cfg, rollouts, mini, seed, sums):
     """The loss of one minibatch as a function of one of its micro-batches: loss_fn(rollouts, logp, entropy) -> scalar.
 
     All denominators are totals of the minibatch over all ranks, known here, before any forward: summing the scalars over
-    micro-batches and ranks gives the loss, however it was cut. `sums` collects per-token sums for the log."""
+    micro-batches and ranks gives the loss, however it was cut. `sums` collects per-token sums for the log. A collective, for
+    choose_by_covariance."""
     rho, members = cfg.entropy_mask_rho, sorted(i for rank in mini for mb in rank for i in mb)
     lengths = {i: len(rollouts[i].response_ids) for i in members}
     n_tokens, n_sequences = sum(lengths.values()), len(members)

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from analyze import COLOURS, LINES, MARKERS, STYLE, new_figure, warn
+from analyze import COLOURS, LINES, MARKERS, STYLE, aligned, new_figure, warn
 from config import Config
 from cure import load_tokenizer
 from loss import entropy_mask
@@ -158,12 +158,6 @@ def change_by_bin(base, final, bins=20):
 
 # ---- entropy: tables and pictures ------------------------------------------------------------------------------------
 
-def aligned(rows):
-    """Rows of cells -> text, the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows)
-
-
 def entropy(models, samples, plots, responses):
     """Analyses (a)-(e): prints the tables, draws plots/entropy.png and entropy_tokens.png, writes entropy_tokens.tsv.
 
@@ -211,6 +205,7 @@ def token_text(tokenizer, i):
 
 
 def percentile_table(scored):
+    """(a): scored {label: H (N,) nats} -> share of tokens below 0.01 nats, percentiles and mean, beside the paper's."""
     rows = [["(a) entropy of a token", *scored, "80/20 paper"]]
     rows.append(["share below 0.01", *(f"{(h < .01).mean():.2%}" for h in scored.values()), f"{PAPER_BELOW:.2%}"])
     for p in PERCENTILES:
@@ -234,6 +229,7 @@ def token_table(high, low, number, final, text):
 
 
 def overlap_table(scored):
+    """(c): scored {label: H (N,)} -> overlaps() of every pair of models, percent."""
     names = list(scored)
     rows = [["(c) overlap of the top 20 % positions with", *names]]
     for name, line in zip(names, overlaps(list(scored.values())), strict=True):
@@ -242,6 +238,7 @@ def overlap_table(scored):
 
 
 def change_table(scored):
+    """(d): scored {label: H (N,)}, base first, final last -> change_by_bin() of these two, nats."""
     base, final = list(scored)[0], list(scored)[-1]
     rows = [[f"(d) bin of H in {base}", "H up to", "mean H", f"mean change to {final}"]]
     lines = change_by_bin(scored[base], scored[final])
@@ -292,6 +289,7 @@ def draw_entropy(path, scored, by_step):
 
 
 def draw_overlap(ax, scored):
+    """(c): the first and the last model's overlap with every model, percent."""
     names, table = list(scored), 100 * overlaps(list(scored.values()))
     for i, row in enumerate((0, -1)):
         ax.plot(range(len(names)), table[row], color=COLOURS[i], ls=LINES[i], marker=MARKERS[i], ms=5,
@@ -304,6 +302,7 @@ def draw_overlap(ax, scored):
 
 
 def draw_change(ax, scored):
+    """(d): a bar a bin of the first model's H: mean change to the last model, nats."""
     base, final = list(scored)[0], list(scored)[-1]
     change = change_by_bin(scored[base], scored[final])[:, 2]
     width = 100 / len(change)
@@ -344,6 +343,7 @@ def draw_tokens(path, high, low, final, text):
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 def entropy_of_run(run, responses):
+    """entropy() of a run's samples.jsonl, base model and checkpoints, pictures into its plots folder."""
     return entropy(run_models(run), run_file(run, "samples.jsonl"), Path(run) / "plots", responses)
 
 
@@ -375,6 +375,8 @@ def main(argv):
     parser.add_argument("--responses", type=int, default=512, help="the last so many fresh responses (default %(default)s)")
     parser.add_argument("--out", metavar="DIR", default="plots", help="with --samples: for pictures and table (%(default)s)")
     args = parser.parse_args(argv)
+    if args.responses < 1:
+        parser.error(f"--responses must be at least 1, got {args.responses}")
     if args.samples:
         jobs = [partial(entropy, labels(args.folders), args.samples, Path(args.out), args.responses)]
     else:

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import data
+from analyze import aligned
 from config import load_config
 from policy import leave
 from reward import INVALID, VerifierPool, normalise
@@ -259,12 +260,6 @@ def check(argv):
 
 
 # ------------------------------------------------------------------------------------------------------------- the script
-def aligned(rows):
-    """Rows of text as lines of right-aligned columns, the first one left-aligned."""
-    width = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join([row[0].ljust(width[0]), *map(str.rjust, row[1:], width[1:])]) for row in rows)
-
-
 def results_table(results):
     """One line a benchmark, then the mean of their avg@n. results: {name: numbers}, None for a number that does not exist."""
     ks = sorted({int(k.split("@")[1]) for r in results.values() for k in r if k.startswith("eval/pass@")} - {1})

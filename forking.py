@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from analyze import COLOURS, LINES, MARKERS, STYLE, new_figure
+from analyze import COLOURS, LINES, MARKERS, STYLE, aligned, new_figure
 from config import load_config
 from cure import load_tokenizer
 from data import load_prompts
-from entropy import DEVICE, PAPER_80, aligned, panel, run_file, run_jobs, run_models
+from entropy import DEVICE, PAPER_80, panel, run_file, run_jobs, run_models
+from eval import find, grader
 from policy import compute_dtype
 from reward import VerifierPool, self_test
 from rollout import Rollout, Sampling, Task, TorchEngine, request_seed, score_rollouts
@@ -61,14 +62,22 @@ def fork_setup(argv):
             raise ValueError(f"{runs[0]} has no ckpt/*/hf: name a model with model=FOLDER")
         path = checkpoints[-1]
     if not cfg.eval_data:
-        raise ValueError("eval_data: nothing to decode, name a file of problems")
+        raise ValueError("eval_data: nothing to decode, name a benchmark or a file of problems")
+    source = f"{cfg.toy_dir}/heldout.jsonl" if cfg.eval_data == "toy" else find(cfg.eval_data, "eval_data")[1]
     tokenizer, gen_eos = load_tokenizer(path)
     stop_ids = set(cfg.stop_token_ids or [tokenizer.eos_token_id, *gen_eos]) - {None}
-    prompts, _ = load_prompts(cfg.eval_data, tokenizer, cfg.template, cfg.max_prompt_tokens, cfg.system_prompt,
+    if not stop_ids:
+        raise ValueError(f"stop_token_ids: the tokenizer of {path!r} has no end token: name one")
+    prompts, _ = load_prompts(source, tokenizer, cfg.template, cfg.max_prompt_tokens, cfg.system_prompt,
                               limit=cfg.eval_prompts, key="eval_data")
-    task = Task("eval", prompts, None, tokenizer, None, VerifierPool())
-    self_test(cfg.verifier, task.verifiers)
+    verifier = cfg.verifier if "verifier" in given else grader(cfg.eval_data, cfg.template) or cfg.verifier
+    task = Task("eval", prompts, None, tokenizer, None, VerifierPool(timeout_s=20.0), verifier)
+    self_test(verifier, task.verifiers)
     engine = ForkEngine(cfg, path, DEVICE, compute_dtype(cfg, DEVICE), stop_ids)
+    context, longest = getattr(engine.model.config, "max_position_embeddings", None), max(len(p.ids) for p in prompts)
+    if context and longest + cfg.max_response_tokens > context:
+        raise ValueError(f"max_response_tokens: {cfg.max_response_tokens} and the longest prompt, {longest} tokens, are over the "
+                         f"model's context of {context}")
     engine.sync(engine.model.named_parameters())  # it was loaded with its weights
     return cfg, path, task, engine, Path(runs[0] if runs else ".") / "plots"
 
@@ -111,6 +120,7 @@ def mean_and_error(x):
 
 
 def fork_table(cells):
+    """{(T_high, T_low): decode()'s} -> a line a pair; the difference to T = 1 throughout is paired by problem."""
     plain = cells[1.0, 1.0]["right"]
     rows = [["T_high", "T_low", "accuracy", "against 1, 1", "length", "truncated", "tokens at T_high"]]
     for (high, low), cell in sorted(cells.items()):

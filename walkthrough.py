@@ -88,7 +88,8 @@ def show_group(run, cfg, group):
     if cfg.n2 and base.entropy is not None:
         say(f"H ({len(base.entropy)},), nats: {rounded(base.entropy, 2)}")
         pool = [f"{t} {text([base.response_ids[t]])!r} {base.entropy[t]:.2f}" for t in base.candidates[:10]]
-        say(f"the {len(base.candidates)} valid positions of highest H (position, token, H): " + ", ".join(pool))
+        kind = " of highest H" if cfg.critical == "entropy" else ""
+        say(f"{len(base.candidates)} valid positions{kind}, the first {len(pool)} (position, token, H): " + ", ".join(pool))
         say(f"t* = {b.t_star}: refined prompt {text(b.prompt_ids + b.prefix_ids)!r}, "
             f"{len(b.prompt_ids)} + {len(b.prefix_ids)} ids")  # fmt: skip
     for i, r in enumerate(group):
@@ -113,4 +114,8 @@ def show_loss(run, cfg, rows, mini, loss_fn):
     clipped = int((flags["clipped_low"] | flags["clipped_high"]).sum())
     run.print(f"ratio        {ratio.min():.4f} to {ratio.max():.4f}, clipped {clipped} of {len(ratio)} tokens; "
               f"weight of a token {w[0]:.3e} = 1 / {1 / w[0]:.0f}")  # fmt: skip
-    run.print(f"sum(loss x weight) {(loss * w).sum():+.6f}; the training loop's own number {loss_fn(rows, logp, entropy):+.6f}")
+    more = {"entropy_mask_rho": cfg.entropy_mask_rho < 1, "entropy_coef": cfg.entropy_coef, "loss_mode": cfg.loss_mode != "ppo",
+            "tis_cap": cfg.tis_cap}  # fmt: skip
+    more = ", ".join(key for key, on in more.items() if on)
+    run.print(f"sum(loss x weight) {(loss * w).sum():+.6f}; the training loop's own number {loss_fn(rows, logp, entropy):+.6f}"
+              + (f", with {more}; the lines above are without" if more else ""))  # fmt: skip

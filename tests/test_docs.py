@@ -100,6 +100,7 @@ def test_walkthrough_of_plain_dapo_and_of_a_step_that_keeps_nothing(config, tmp_
     argv = ["--config", config, f"out_dir={tmp_path}/out", "walkthrough=true"]
     cure.main([*argv, "n1=8", "n2=0", "entropy_mask_rho=0.2"])
     assert "== 5." in (printed := capsys.readouterr().out) and "t* =" not in printed
+    assert printed.count(", with entropy_mask_rho; the lines above are without") == 2
     rows = (f'{{"prompt": "{a}+{b}?", "answer": "999"}}\n' for a in range(1, 5) for b in range(1, 5))
     (tmp_path / "wrong.jsonl").write_text("".join(rows))
     cure.main([*argv, f"data={tmp_path}/wrong.jsonl", "max_rounds=1"])

@@ -97,6 +97,18 @@ def test_a_run_is_swept_with_its_last_checkpoint(sharp, tmp_path, capsys):
     assert call(capsys, run, "seed=3", "--high", ".5,2", "--low", "1,2")[1] == out, "seeded"
 
 
+def test_a_benchmark_is_read_and_graded_its_own_way(sharp, tmp_path):
+    (tmp_path / "amc.jsonl").write_text(json.dumps({"question": "1+2?", "answer": 27.0}) + "\n")
+    keys = [f"model={sharp}", f"eval_data=amc23:{tmp_path}/amc.jsonl", "template=raw", "max_response_tokens=6"]
+    task = forking.fork_setup(keys)[2]
+    assert task.verifier == "integer" and len(task.prompts) == 1
+    assert forking.fork_setup([*keys, "verifier=boxed"])[2].verifier == "boxed"
+    with pytest.raises(ValueError, match="eval_data: no benchmark 'amc24'; did you mean amc23"):
+        forking.fork_setup([*keys, "eval_data=amc24"])
+    with pytest.raises(ValueError, match="max_response_tokens: 4000 and the longest prompt, 4 tokens, are over the model"):
+        forking.fork_setup([*keys, "max_response_tokens=4000"])
+
+
 def test_what_is_missing_is_one_line(sharp, tmp_path, capsys):
     run = tmp_path / "run"
     run.mkdir()

@@ -908,3 +908,28 @@ def test_a_model_that_cannot_fit_and_a_share_that_is_too_large_are_refused_by_na
     cfg.gpu_memory_utilization = 0.9
     with pytest.raises(ValueError, match=r"^gpu_memory_utilization: 0.90 is too much, set at most 0.7"):
         engine_share(cfg, hf_config("7b"), 8, 79.6 * GIB)
+
+
+@pytest.mark.parametrize("mode", ["clip_cov", "kl_cov"])
+def test_the_chosen_tokens_get_the_gradient_of_clip_cov_and_kl_cov(mode):
+    """The loss of a minibatch in two micro-batches, against d loss / d logp written down: chosen or clipped tokens 0 (eq. 12); or
+    - A r, and coef sign(logp - old) more on the chosen (eq. 14)."""
+    rng, rows = np.random.default_rng(0), []
+    for i in range(4):
+        rows.append(Rollout([1, 2], [], list(range(5 + i)), old_logp=-rng.random(5 + i).astype(np.float32)))
+        rows[i].advantage = [1.5, -0.5, -0.5, -0.5][i]
+    old, a = np.concatenate([r.old_logp for r in rows]), np.repeat([r.advantage for r in rows], [5, 6, 7, 8])
+    cfg = Config(loss_mode=mode, cov_share=0.2, clip_cov_low=-9, kl_cov_coef=0.1)
+    run, mini, seed = SimpleNamespace(policy=None, rank=0, world=1), [[[0, 1], [2, 3]]], (0, "s", 1, 0)
+    picked = np.concatenate([cure.choose_by_covariance(run, cfg, rows, mini, seed)[id(r)][0] for r in rows]) > 0
+    assert picked.sum() == 5                                        # int(0.2 x 26)
+    loss_fn = cure.minibatch_loss(run, cfg, rows, mini, seed, {"gap": 0.0})
+    new = old + rng.normal(0, 0.3, 26).astype(np.float32)
+    logp = torch.tensor(new, requires_grad=True)
+    for mb, part in ((rows[:2], logp[:11]), (rows[2:], logp[11:])):
+        loss_fn(mb, part, torch.zeros(len(part))).backward()
+    r = np.exp(new - old)
+    cut = ((a > 0) & (r > 1.28)) | ((a < 0) & (r < 0.8))
+    assert cut.any()
+    expected = -a * r + 0.1 * np.sign(new - old) * picked if mode == "kl_cov" else np.where(picked | cut, 0, -a * r)
+    assert np.abs(expected / 26 - logp.grad.numpy()).max() < 1e-6

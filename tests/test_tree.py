@@ -14,19 +14,26 @@ import numpy as np
 import pytest
 from test_analyze import assert_picture, branch_metrics, run_script, train_line, write_run
 
+import branches
 import tree
 
 HOSTILE = ["</script><script>document.title='owned'</script>", "<img src=x onerror=\"document.title='owned'\">", "<!--<script>",
            "&lt;b&gt;", "\x1b[2J\x1b]0;owned\x07", "\u202etxt", "\ud800", "a\nb", "\t", ""]  # fmt: skip
+@pytest.fixture(autouse=True)
+def forget_warnings():
+    """Every message is printed once in a process: each test wants its own."""
+    tree.warn.cache_clear()
+
+
 ARGS = SimpleNamespace(step=None, prompt=None, model=None, out=None, text=False)
 
 
 def row(parent, tokens, t_star=-1, correct=True, prefix=(), entropy=None, candidates=(), **more):
     n = len(tokens)
     ids = [sum(map(ord, token)) % 997 for token in tokens]
-    return {"step": 1, "stage": "stage1", "prompt": "2+2?", "prompt_id": 5, "group": 0, "parent": parent, "t_star": t_star,
-            "h_star": .5 if parent >= 0 else None, "candidates": list(candidates), "prompt_ids": [1, 2],
-            "prefix_ids": list(prefix), "response_ids": ids, "tokens": list(tokens), "logp": [-.1] * n,
+    return {"step": 1, "stage": "stage1", "prompt": "2+2?", "response": "".join(tokens), "prompt_id": 5, "group": 0,
+            "parent": parent, "t_star": t_star, "h_star": .5 if parent >= 0 else None, "candidates": list(candidates),
+            "prompt_ids": [1, 2], "prefix_ids": list(prefix), "response_ids": ids, "tokens": list(tokens), "logp": [-.1] * n,
             "entropy": entropy or [.1] * n, "correct": correct, "reward": 1.0 if correct else -1.0,
             "advantage": .5 if correct else -.5, "answer": "4", "finish": "stop", **more}
 
@@ -49,16 +56,35 @@ def write_samples(folder, *groups, tail=""):
 
 # ---- reading and choosing --------------------------------------------------------------------------------------------
 
-def test_what_is_missing_is_named(tmp_path):
+def test_what_is_missing_is_named(tmp_path, capsys):
     for run, message in ((tmp_path / "nowhere", "nowhere: no such run folder"), (tmp_path, "has no samples.jsonl")):
         with pytest.raises(ValueError, match=message):
             tree.choose_group(run)
     old = group()
     del old[3]["entropy"], old[3]["logp"]
-    with pytest.raises(ValueError, match=r"samples.jsonl, line 4 lacks entropy, logp"):
+    with pytest.raises(ValueError, match="samples.jsonl holds no whole group$"):
         tree.choose_group(write_samples(tmp_path / "old", old))
-    with pytest.raises(ValueError, match="samples.jsonl holds no group"):
+    assert "line 4: it lacks entropy, logp: left out" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="samples.jsonl holds no whole group$"):
         tree.choose_group(write_samples(tmp_path / "empty"))
+    with pytest.raises(ValueError, match="no whole group of step 3, only steps 1 to 1$"):
+        tree.choose_group(write_samples(tmp_path / "one", group()), step=3)
+
+
+def test_a_row_that_is_no_rollout_costs_its_group_only(tmp_path, capsys):
+    for key, wrong in (("parent", None), ("t_star", 99), ("response_ids", []), ("entropy", [.1]), ("candidates", [99]),
+                       ("step", [])):
+        bad = group(group=1)
+        bad[4] |= {key: wrong}
+        kept = [rows[0]["group"] for _, groups in tree.steps_of(tree.read_samples(write_samples(tmp_path, group(), bad)))
+                for rows in groups]
+        assert kept == [0], key
+    assert "samples.jsonl, line 11: its fields do not fit together: left out" in capsys.readouterr().err
+
+
+def test_a_file_that_ends_inside_a_group_shows_no_part_of_it(tmp_path, capsys):
+    run = write_samples(tmp_path, group(), group(step=2)[:4], tail='{"step": 2, "par')
+    assert tree.choose_group(run)[0]["step"] == 1 and "step 2, group 0: rows are missing" in capsys.readouterr().err
 
 
 def test_a_torn_row_costs_its_group_only(tmp_path, capsys):
@@ -79,7 +105,7 @@ def test_the_group_shown_is_of_the_last_step_that_branched_where_most_verdicts_t
     assert (chosen[0]["step"], chosen[0]["prompt_id"]) == (2, 7)
     assert tree.choose_group(run, prompt=6)[0]["prompt_id"] == 6 and tree.choose_group(run, 1)[0]["step"] == 1
     assert tree.choose_group(run, 3)[0]["stage"] == "stage2"
-    with pytest.raises(ValueError, match="holds steps 1 to 3, not step 9"):
+    with pytest.raises(ValueError, match="no whole group of step 9, only steps 1 to 3"):
         tree.choose_group(run, 9)
     with pytest.raises(ValueError, match="step 2 holds the prompts 6, 7, 8, not 5"):
         tree.choose_group(run, 2, 5)
@@ -176,13 +202,14 @@ def test_every_colour_is_darker_than_the_one_before():
 
 def test_a_model_gives_rank_and_alternatives(tmp_path):
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import data
     data.make_toy(f"{tmp_path}/model", n_train=4, n_heldout=4, n_sft=4)
-    rows = group()
+    tokenizer, rows = AutoTokenizer.from_pretrained(f"{tmp_path}/model"), group()
     for one in rows:  # ids the toy's model knows
         one |= {key: [i % 24 for i in one[key]] for key in ("response_ids", "prefix_ids")}
+        one["response"] = tokenizer.decode(one["prefix_ids"] + one["response_ids"], skip_special_tokens=True)
     (tmp_path / "stages.json").write_text('{"stage1": {"temperature": 0.5}}')
     leaf = tree.tree_data(tmp_path, rows, f"{tmp_path}/model")["leaves"][2]
     ids = torch.tensor([rows[2]["prompt_ids"] + rows[2]["prefix_ids"] + rows[2]["response_ids"]])
@@ -192,9 +219,9 @@ def test_a_model_gives_rank_and_alternatives(tmp_path):
         assert leaf["rank"][i] == 1 + int((p[i] > p[i, own]).sum())
         assert [q for _, q in leaf["likeliest"][i]] == pytest.approx(p[i].topk(5).values.tolist(), abs=1e-4)
     assert "likeliest" in tree.terminal(tree.tree_data(tmp_path, rows, f"{tmp_path}/model"))
-    rows[1]["response_ids"][0] = 10**6
-    with pytest.raises(ValueError, match="has no token 1000000"):
-        tree.tree_data(tmp_path, rows, f"{tmp_path}/model")
+    for change in ({"response_ids": [10**6, 1, 1, 1, 1]}, {"response": "other text"}):
+        with pytest.raises(ValueError, match="has another tokenizer than these rollouts"):
+            tree.tree_data(tmp_path, [rows[0], rows[1] | change, *rows[2:]], f"{tmp_path}/model")
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -221,14 +248,14 @@ def cells(table):
 
 def test_branches_table_against_counts_by_hand(tmp_path):
     run = write_samples(tmp_path, group("rwrwww"), group("rwrwrw", t_star=1, group=1, prompt_id=6))
-    table = cells(tree.branches_table({}, tree.forks_on_file(run)))
+    table = cells(branches.branches_table({}, branches.forks_on_file(run)))
     assert {name: table[name][1] for name in table if "->" in name} == {
         "parent right -> branch right": "0.250", "parent right -> branch wrong": "0.250",
         "parent wrong -> branch right": "0.125", "parent wrong -> branch wrong": "0.375"}
     assert table["base responses that are right"][1] == "0.500" and table["branches that are right"][1] == "0.375"
     assert table["branches with another verdict than their parent"] == ["-", "0.375"]
     assert table["pairs of base responses of a prompt with different verdicts"][1] == "1.000"
-    assert table["depth of t*, tokens"][1] == "1.5" and table["entropy at t*, nats"][1] == "0.400"
+    assert table["depth of t*, tokens (0 without a critical token)"][1] == "1.5" and table["entropy at t*, nats"][1] == "0.400"
     assert table["different first tokens among them"][1] == "1.50", "x y, z z"
     assert table["that start with the token that was dropped"][1] == "12.5%", "one x of eight"
     assert table["generated tokens of a branch"][1] == "2.0"
@@ -243,7 +270,7 @@ def test_rates_over_all_sampled_rollouts_weigh_steps_by_their_groups(tmp_path):
              train_line(3, "stage2")]
     lines[0] |= {"branch/accuracy_base": .5, "branch/accuracy_branch": .4, "branch/flip_rate": .3}
     lines[1] |= {"branch/accuracy_base": .7, "branch/accuracy_branch": .8, "branch/flip_rate": .1}
-    table = cells(tree.branches_table(tree.forks_sampled(write_run(tmp_path, lines)), {}))
+    table = cells(branches.branches_table(branches.forks_sampled(write_run(tmp_path, lines)), {}))
     assert table["groups that branched"] == ["40", "-"] and table["forks without a critical token (t* = 0)"][0] == "17.5%"
     # step 1: of 10 groups right-right .3, right-wrong .2, wrong-right .1; step 2, of 30: .7, 0, .1
     assert [table[f"parent {a} -> branch {b}"][0] for a in ("right", "wrong") for b in ("right", "wrong")] == [
@@ -257,7 +284,7 @@ def test_branches_draws_from_what_there_is(tmp_path, capsys, files):
         write_samples(tmp_path, *(group(step=step) for step in (1, 2, 3)), group(t_star=0, step=4))
     if files != "samples":
         write_run(tmp_path, [train_line(step, **branch_metrics(step)) for step in (1, 2, 3)])
-    printed = tree.branches_command(tmp_path, ARGS)
+    printed = branches.branches_command(tmp_path, ARGS)
     assert printed.endswith("branches.png") and f"steps 1 to {3 if files == 'metrics' else 4}" in printed
     assert_picture(tmp_path / "plots" / "branches.png")
     missing = {"both": "", "samples": "no metrics.jsonl", "metrics": "no samples.jsonl"}[files]
@@ -266,15 +293,15 @@ def test_branches_draws_from_what_there_is(tmp_path, capsys, files):
 
 def test_forks_without_a_critical_token_have_no_rank(tmp_path):
     run = write_samples(tmp_path, group(t_star=0))
-    on_file = tree.forks_on_file(run)
+    on_file = branches.forks_on_file(run)
     assert np.isnan(on_file["rank"]).all() and on_file["fallback"].all()
-    assert_picture(tree.branches_command(run, ARGS).split("\n")[-1])
+    assert_picture(branches.branches_command(run, ARGS).split("\n")[-1])
     assert "t* = 0: the branches are fresh samples" in tree.terminal(tree.tree_data(run, tree.choose_group(run)))
 
 
 def test_a_run_that_never_branched_says_so(tmp_path):
     with pytest.raises(ValueError, match="no branches in it"):
-        tree.branches_command(write_run(write_samples(tmp_path, group()[:2]), [train_line(1)]), ARGS)
+        branches.branches_command(write_run(write_samples(tmp_path, group()[:2]), [train_line(1)]), ARGS)
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------
