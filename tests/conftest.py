@@ -126,25 +126,37 @@ def start_ranks(world, *args):
     ]  # fmt: skip
 
 
+WORLDS = [2, pytest.param(3, marks=pytest.mark.slow)]  # rank counts; five processes of it are half a minute of importing
+
+
+class Ranks(dict):
+    """What gloo ranks found, {world: {"policy": …, "rollout": …, "out": folder}}, started at the first look: rank_job of
+    test_policy.py, test_rollout.py and test_eval.py. One set of processes for all files, since importing is most of their
+    time. A rank that hangs or fails is an error here."""
+
+    def __init__(self, model, out):
+        self.model, self.out = model, out
+
+    def __missing__(self, world):
+        import torch
+        started = start_ranks(world, self.model, self.out)
+        try:
+            logs = [p.communicate(timeout=180)[0] for p in started]
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"a rank did not end, exit codes so far: {[p.poll() for p in started]}")
+        finally:
+            for p in started:
+                p.kill()
+        failed = [f"exit code {p.returncode}:\n{log[-3000:]}" for p, log in zip(started, logs, strict=True) if p.returncode]
+        assert not failed, "\n".join(failed)
+        found = {name: torch.load(self.out / f"{name}{world}.pt", weights_only=True) for name in ("policy", "rollout")}
+        self[world] = found | {"out": self.out}
+        return self[world]
+
+
 @pytest.fixture(scope="session")
 def ranks(sharp, tmp_path_factory):
-    """What 2 and 3 gloo ranks found, {world: {"policy": …, "rollout": …}}: rank_job of test_policy.py, test_rollout.py and
-    test_eval.py. One set of processes for all files, since importing is most of their time. A rank that hangs or fails is an
-    error here."""
-    import torch
-    out = tmp_path_factory.mktemp("ranks")
-    started = [p for world in (2, 3) for p in start_ranks(world, sharp, out)]
-    try:
-        logs = [p.communicate(timeout=180)[0] for p in started]
-    except subprocess.TimeoutExpired:
-        pytest.fail(f"a rank did not end, exit codes so far: {[p.poll() for p in started]}")
-    finally:
-        for p in started:
-            p.kill()
-    failed = [f"exit code {p.returncode}:\n{log[-3000:]}" for p, log in zip(started, logs, strict=True) if p.returncode]
-    assert not failed, "\n".join(failed)
-    return {w: {name: torch.load(out / f"{name}{w}.pt", weights_only=True) for name in ("policy", "rollout")} | {"out": out}
-            for w in (2, 3)}  # fmt: skip
+    return Ranks(sharp, tmp_path_factory.mktemp("ranks"))
 
 
 # ------------------------------------------------------------------------------------------------- whole runs, the smallest

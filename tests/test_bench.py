@@ -24,7 +24,8 @@ SMALL = ["--shape", "toy", "--repeats", "1", "--rollouts", "8", "--mean", "20", 
          "prompts_per_step=2", "prompts_per_minibatch=2", "max_response_tokens=16"]  # fmt: skip
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_every_part_leaves_its_numbers(ranks):
     out = run(*SMALL, *(["--only", "update,scaling,score,rollout,sync,balance"] if ranks == 1 else []), ranks=ranks)
     assert out["ranks"] == ranks and out["tokens"] > 0

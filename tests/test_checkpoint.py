@@ -45,7 +45,7 @@ def all_complete(out):
 
 
 # ------------------------------------------------------------------------------------------------------------ exact resume
-@pytest.mark.parametrize("stop_at", [2, 3, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stop_at", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 5))])
 def test_a_stopped_and_resumed_run_on_two_ranks_equals_the_whole_one(whole2, config, run, tmp_path, stop_at):
     assert run(*argv(config, tmp_path, f"max_steps={stop_at}"), ranks=2).codes == [0, 0]
     again = run(*argv(config, tmp_path), ranks=2)
@@ -156,8 +156,8 @@ def test_kill_9_of_one_rank_ends_the_other_and_the_run_goes_on(whole2, config, r
 
 
 # --------------------------------------------------------------------------------------------------------------- full disk
-@pytest.mark.parametrize("ranks, limit", [(1, {"0": 3_000_000}), (2, {"1": 2_000_000}),
-                                          pytest.param(2, {"0": 2_000_000}, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks, limit", [(1, {"0": 3_000_000}), *(pytest.param(2, {k: 2_000_000}, marks=pytest.mark.slow)
+                                                                    for k in "01")])
 def test_a_save_that_cannot_be_written_ends_all_ranks_and_leaves_the_last_good_one(
         whole, whole2, config, run, tmp_path, ranks, limit):
     """RLIMIT_FSIZE on one rank: a write fails in the middle, as on a full disk."""
@@ -286,6 +286,7 @@ def test_another_runs_checkpoint_goes_on_in_a_folder_of_its_own(whole, config, r
     assert done.codes == [2] and "is the end of the last stage" in done.printed and not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_an_older_checkpoint_of_the_run_itself_is_gone_back_to(whole, config, run, tmp_path):
     assert run(*argv(config, tmp_path, "save_every=1", "keep_ckpts=9")).codes == [0]
     out = run(*argv(config, tmp_path, f"resume={tmp_path}/ckpt/step_000002", "save_every=1"))
@@ -330,6 +331,7 @@ def test_changed_keys_are_all_named_with_both_values_and_free_ones_are_not(whole
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_keep_ckpts_and_keep_hf_leave_what_they_say(config, run, tmp_path):
     assert run(*argv(config, tmp_path, "save_every=1", "keep_ckpts=1", "keep_hf=true")).codes == [0]
     left = {d.name: sorted(os.listdir(d)) for d in (tmp_path / "ckpt").glob("step_*")}

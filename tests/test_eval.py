@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, lines
+from conftest import ROOT, WORLDS, lines
 from safetensors.torch import load_file, save_file
 
 import cure
@@ -293,7 +293,7 @@ def rank_job(rank, world, device, folder, out):
     evaluation.main(sharp_argv(folder, f"{out}/eval{world}"))
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", WORLDS)
 def test_samples_and_numbers_do_not_depend_on_the_rank_count(ranks, sharp, world, tmp_path):
     evaluation.main(sharp_argv(sharp, tmp_path))
     out, alone = ranks[world]["out"] / f"eval{world}", result(tmp_path, "heldout")

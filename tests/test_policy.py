@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import largest, ragged
+from conftest import WORLDS, largest, ragged
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -826,7 +826,7 @@ def alone(sharp, cpu):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", WORLDS)
 def test_gradient_is_rank_invariant_on_ragged_lengths_and_uneven_groups(ranks, alone, world, variant):
     steps, _, old = alone[variant]
     found = ranks[world]["policy"][variant]
@@ -840,7 +840,7 @@ def test_gradient_is_rank_invariant_on_ragged_lengths_and_uneven_groups(ranks, a
     assert largest((a - b).abs().max() for a, b in zip(found["old"], map(torch.from_numpy, old), strict=True)) <= 1e-5
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", WORLDS)
 def test_a_rank_with_nothing_to_do_joins_in_and_changes_nothing(ranks, fresh, world):
     rows = prepared(fresh, ragged(1, 5, 25))
     rows[0].advantage = 1.0
@@ -849,7 +849,7 @@ def test_a_rank_with_nothing_to_do_joins_in_and_changes_nothing(ranks, fresh, wo
     assert worst(ranks[world]["policy"]["one"]["grads"], exact) <= 1e-5
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", WORLDS)
 def test_ranks_may_bring_different_numbers_of_micro_batches_to_a_scoring_pass(ranks, fresh, world):
     rows = [r for rank in range(world) for r in ragged(rank, 100 + rank, 25)]
     exact = [s[0] for s in fresh.score([[r] for r in rows], 1.0)]
@@ -858,14 +858,14 @@ def test_ranks_may_bring_different_numbers_of_micro_batches_to_a_scoring_pass(ra
 
 
 @pytest.mark.parametrize("where", ["loss", "shard"])
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", WORLDS)
 def test_nan_gradient_on_one_rank_makes_every_rank_skip_the_step_bit_for_bit(ranks, world, where):
     found = ranks[world]["policy"][f"nan in a {where}"]
     print(f"{world} ranks, NaN in the {where} of one: {found}")
     assert found == {"taken": [False] * world, "finite": [False] * world, "same": [True] * world, "adam": [0] * world}
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", WORLDS)
 def test_the_step_after_a_skipped_one_is_taken_and_equals_one_process(ranks, fresh, world):
     rows = prepared(fresh, ragged(8, 5, 25, per_group=4))
     fresh.update(cut(rows)[0], token_mean(rows), 1.0, 1e-3, 1.0)
@@ -875,7 +875,7 @@ def test_the_step_after_a_skipped_one_is_taken_and_equals_one_process(ranks, fre
         assert gap.max() <= 2.1e-3 and (gap > 1e-5).double().mean() <= 1e-3, n
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", WORLDS)
 def test_a_folder_saved_by_several_ranks_is_whole(ranks, world):
     saved = plain_model(ranks[world]["out"] / f"hf{world}")
     assert same(dict(saved.named_parameters()), ranks[world]["policy"]["after"]["weights"])

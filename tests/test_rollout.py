@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import largest
+from conftest import WORLDS, largest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -894,7 +894,7 @@ def rank_job(rank, world, device, folder, out):
         torch.save(found, f"{out}/rollout{world}.pt")
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", WORLDS)
 def test_what_is_collected_does_not_depend_on_the_rank_count_nor_differ_between_ranks(ranks, sharp_pair, sharp, world):
     for name, alone in collected(sharp_pair, sharp).items():
         found = ranks[world]["rollout"][name]
