@@ -660,7 +660,8 @@ def run_stage(run, name, cfg, bar):
     if s["stage"] != name or s["stage_step"] == 0:
         run.policy.new_optimizer(cfg)
         s.update(stage=name, stage_step=0, stage_done=False, skipped_in_a_row=0)
-        if rl and s["step"] == 0 and cfg.eval_data:
+        first, its = run.stages[0]
+        if rl and s["step"] == 0 and cfg.eval_data and (name == first or not its.eval_data):  # else the sft stage ended with one
             run_eval(run, cfg)
     ended = stopped = False
     while s["stage_step"] < cfg.steps and not (ended or stopped):

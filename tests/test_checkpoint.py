@@ -294,6 +294,19 @@ def test_an_older_checkpoint_of_the_run_itself_is_gone_back_to(whole, config, ru
     same_as_whole(tmp_path, whole)
 
 
+def test_a_cold_start_before_rl_is_evaluated_once_and_gone_on_from_exactly(tiny, config, run, tmp_path):
+    path = tmp_path / "cold.yaml"
+    sft = f"sft: {{kind: sft, data: {tiny[1].replace('rl.', 'sft.')}, steps: 2, prompts_per_step: 8, prompts_per_minibatch: 8}}"
+    path.write_text(open(config).read().split("stages:")[0] + f"stages:\n  {sft}\n  stage1: {{steps: 1, n1: 2, n2: 3}}\n")
+    assert run(*argv(path, tmp_path / "run", "save_every=1", "keep_ckpts=9")).codes == [0]
+    whole = numbers(tmp_path / "run")
+    kinds = ["sft" if "sft/step" in m else f"eval {m['step']}" if "actor/entropy" not in m else "rl" for m in whole]
+    assert kinds == ["sft", "sft", "eval 0", "rl", "eval 1"], "the evaluation after sft is the base line of RL"
+    for name, left in (("step_000000_sft_000001", 4), ("step_000000_sft_000002", 2)):
+        done = run(*argv(path, tmp_path / name, f"resume={tmp_path}/run/ckpt/{name}"))
+        assert done.codes == [0] and numbers(tmp_path / name) == whole[-left:], done.printed
+
+
 def test_only_our_own_files_are_removed_and_a_lost_pointer_is_no_lost_run(whole, config, run, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
     (tmp_path / "run/ckpt/latest").unlink()
