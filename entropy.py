@@ -86,8 +86,8 @@ def run_models(run):
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
         warn(f"{run}: no readable stages.json to name the base model; the first checkpoint stands for it")
     for folder in sorted(glob.glob(f"{glob.escape(str(run))}/ckpt/step_*/hf")):
-        if number := re.fullmatch(r"step_(\d+)", Path(folder).parent.name):
-            models[f"step {int(number[1])}"] = folder
+        if number := re.fullmatch(r"step_\d+_(\w+)_(\d+)|step_(\d+)", Path(folder).parent.name):  # of an sft stage; of RL
+            models[f"{number[1] or 'step'} {int(number[2] or number[3])}"] = folder
     return models
 
 
