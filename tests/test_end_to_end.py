@@ -336,7 +336,7 @@ BAD_CONFIG = {
     ("stages.stage2.engine=vllm",): "engine: is for the whole run",
     ("stages=3",): "stages: must be a mapping",
     ("lr=nan",): "lr: must be positive",
-    ("warmup=-3",): "warmup: must not be negative",
+    ("warmup=-3",): "warmup: must be finite and not negative",
     ("keep_ckpts=0",): "keep_ckpts: must be positive",
     ("eval_temperature=0",): "eval_n: greedy",
     ("loss_mode=clip_cov+kl_cov",): "loss_mode: must be one of ppo, clip_cov, kl_cov",
@@ -345,8 +345,8 @@ BAD_CONFIG = {
     ("clip_cov_low=5",): "clip_cov_low: 5.0 leaves nothing below clip_cov_high 5.0",
     ("cov_share=0",): "cov_share: must be positive",
     ("cov_share=2",): "cov_share: is a share",
-    ("entropy_coef=-0.1",): "entropy_coef: must not be negative",
-    ("kl_cov_coef=nan",): "kl_cov_coef: must not be negative",
+    ("entropy_coef=-0.1",): "entropy_coef: must be finite and not negative",
+    ("kl_cov_coef=nan",): "kl_cov_coef: must be finite and not negative",
 }
 
 
