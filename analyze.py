@@ -219,6 +219,8 @@ def draw_phases(ax, train):
 
 def draw_panels(figure, shape, panels, run):
     """A panel from the top: title, legend, the names of the stages, the data with a dashed line where stages meet."""
+    from matplotlib import rcParams
+    columns, scale = 3 if shape[1] == 3 else 4, rcParams["font.size"] / STYLE["font.size"]
     steps, spans = [row["step"] for row in run[0] + run[1]], stage_spans(run)
     length = max(max(steps) - min(steps), 1)
     for place, (title, unit, metrics) in enumerate(panels, 1):
@@ -232,10 +234,10 @@ def draw_panels(figure, shape, panels, run):
             ax.yaxis.set_minor_formatter("")  # whole decades, so that the powers of ten are labels enough
         elif all((line.get_ydata() >= 0).all() for line in ax.lines):  # a share that is always 0 needs no axis below 0
             ax.set_ylim(bottom=max(ax.get_ylim()[0], -.05 * ax.get_ylim()[1]))
-        ax.legend(loc="lower left", bbox_to_anchor=(-.02, 1.06), ncols=3, fontsize="small", columnspacing=1,
+        ax.legend(loc="lower left", bbox_to_anchor=(-.02, 1.06), ncols=columns, fontsize="small", columnspacing=1,
                   handlelength=1 if phases else 2.4, handletextpad=.5, borderaxespad=.2, labelspacing=.3)
-        legend_rows = -(-len(ax.get_legend_handles_labels()[0]) // 3)
-        ax.set_title(title, loc="left", fontweight="bold", fontsize="medium", pad=16 + 13 * legend_rows)
+        legend_rows = -(-len(ax.get_legend_handles_labels()[0]) // columns)
+        ax.set_title(title, loc="left", fontweight="bold", fontsize="medium", pad=scale * (16 + 13 * legend_rows))
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.set(xlabel="training step", ylabel=unit, xlim=(min(steps) - .02 * length, max(steps) + .02 * length))
         for i, (name, first, last) in enumerate(spans):

@@ -573,7 +573,7 @@ def make_toy_base(run, folder):
     the rank count; under a temporary name, renamed when complete."""
     failed = 0
     if run.rank == 0 and not os.path.exists(f"{folder}/config.json"):
-        run.print(f"making the toy's base model in {folder} (once, about a minute)")
+        run.print(f"making the toy's base model in {folder} (once, a minute or two)")
         tmp = f"{folder}.tmp-{os.getpid()}"
         data.make_toy(tmp)
         # one thread: the same floats whoever asks, python or torchrun (which sets it for its ranks)
