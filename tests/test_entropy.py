@@ -217,3 +217,12 @@ def test_what_is_missing_is_one_line_and_the_rest_is_done(sharp, tokenizer, tmp_
     logged = np.concatenate([row["entropy"] for row in sample_rows(tokenizer)])
     line = next(line for line in out.split("\n") if line.startswith("80th percentile")).split()
     assert line == ["80th", "percentile", f"{np.percentile(logged, 80):.4f}", "0.672"]
+
+
+def test_models_of_a_run_are_the_base_then_sft_then_the_steps(tmp_path):
+    names = ["step_000012", "step_000000_sft_000040", "step_000004", "step_x", "latest"]
+    for name in (*names, "../base"):
+        (tmp_path / f"ckpt/{name}/hf").mkdir(parents=True)
+    (tmp_path / "stages.json").write_text(json.dumps({"sft": {"model": f"{tmp_path}/base", "init_from": "", "temperature": 1.0}}))
+    found = entropy.run_models(tmp_path)
+    assert list(found) == ["base", "sft 40", "step 4", "step 12"] and found["step 4"] == f"{tmp_path}/ckpt/step_000004/hf"
