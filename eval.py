@@ -337,10 +337,14 @@ def start(argv):
         }  # fmt: skip
         if known and not cfg.eval_prompts and len(task.prompts) != known.size:
             run.print(f"WARNING: {name} has {known.size} problems, this evaluation {len(task.prompts)}")
-        if run.rank == 0 and cfg.verifier == "math_verify":
+
+        def list_unread(name=name, task=task):
             if unread := unread_golds([(p.id, p.answer) for p in task.prompts], task.verifiers):
                 run.print(f"{name}: {len(unread)} of {len(task.prompts)} golds are no mathematics, compared as text"
                           + "".join(f"; row {row} {gold!r}" for row, gold in unread))  # fmt: skip
+
+        if cfg.verifier == "math_verify":
+            cure.everywhere(list_unread if run.rank == 0 else None)
     rows = []
     cure.everywhere((lambda: rows.extend(begin(run, report))) if run.rank == 0 else None, ValueError)
     return run, report, gather(rows)
