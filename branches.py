@@ -126,6 +126,7 @@ def draw_branches(figure, sampled, on_file):
         ax.legend(fontsize="small")
 
     def histogram(ax, x):
+        """Share of the forks by whole numbers x (forks,), NaN left out; what is over the 99th percentile is in the last bar."""
         x = x[np.isfinite(x)]
         if not len(x):
             ax.text(.5, .5, "no critical token", transform=ax.transAxes, ha="center")

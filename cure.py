@@ -199,18 +199,9 @@ def minibatch_loss(run, cfg, rollouts, mini, seed, sums):
     All denominators are totals of the minibatch over all ranks, known here, before any forward: summing the scalars over
     micro-batches and ranks gives the loss, however it was cut. `sums` collects per-token sums for the log. A collective, for
     choose_by_covariance."""
-    rho, members = cfg.entropy_mask_rho, sorted(i for rank in mini for mb in rank for i in mb)
-    lengths = {i: len(rollouts[i].response_ids) for i in members}
-    n_tokens, n_sequences = sum(lengths.values()), len(members)
-    keeps = {}
-    if rho < 1 and cfg.entropy_mask_scope == "mini":  # exact-k on old-policy entropies, over all ranks  (8020-2)
-        h = torch.from_numpy(np.concatenate([rollouts[i].entropy for i in members]))
-        keep = entropy_mask(h, rho, cfg.entropy_mask_side, torch.Generator().manual_seed(request_seed(*seed)))
-        keeps = {id(rollouts[i]): k for i, k in zip(members, keep.split(list(lengths.values())), strict=True)}
-    kept_total = n_tokens
-    if rho < 1 and cfg.entropy_mask_norm == "kept":
-        micro = [n_kept(sum(lengths[i] for i in mb), rho) for rank in mini for mb in rank]
-        kept_total = n_kept(n_tokens, rho) if keeps else sum(micro)
+    rho, lengths = cfg.entropy_mask_rho, [len(rollouts[i].response_ids) for rank in mini for mb in rank for i in mb]
+    n_tokens, n_sequences = sum(lengths), len(lengths)
+    keeps, kept_total = minibatch_mask(cfg, rollouts, mini, seed) if rho < 1 else ({}, n_tokens)
     chosen = {} if cfg.loss_mode == "ppo" else choose_by_covariance(run, cfg, rollouts, mini, seed)
 
     def loss_fn(rows, logp, entropy):
@@ -222,15 +213,16 @@ def minibatch_loss(run, cfg, rollouts, mini, seed, sums):
         length = torch.tensor([len(r.response_ids) for r in rows], dtype=torch.long, device=logp.device)  # (n,)
         old = cat([r.old_logp for r in rows])  # (T,)
         advantage = torch.tensor([r.advantage for r in rows], device=logp.device).repeat_interleave(length)
-        loss, flags = policy_loss(logp, old, advantage, cfg.clip_low, cfg.clip_high, cfg.clip_dual)
-        if chosen:  # Clip-Cov or KL-Cov in its place
+        if chosen:
             picked, cov = (cat([chosen[id(r)][j] for r in rows]) for j in (0, 1))
-            if cfg.loss_mode == "clip_cov":
-                loss, flags = clip_cov_loss(logp, old, advantage, picked > 0, cfg.clip_low, cfg.clip_high)
-            else:
-                loss, flags = kl_cov_loss(logp, old, advantage, picked > 0, cfg.kl_cov_coef)
             add("cov", cov)
             add("cov_share", picked)
+        if cfg.loss_mode == "clip_cov":
+            loss, flags = clip_cov_loss(logp, old, advantage, picked > 0, cfg.clip_low, cfg.clip_high)
+        elif cfg.loss_mode == "kl_cov":
+            loss, flags = kl_cov_loss(logp, old, advantage, picked > 0, cfg.kl_cov_coef)
+        else:
+            loss, flags = policy_loss(logp, old, advantage, cfg.clip_low, cfg.clip_high, cfg.clip_dual)
         if cfg.tis_cap:
             weight = truncated_importance(old, cat([r.engine_logp for r in rows]), cfg.tis_cap)
             loss = loss * weight
@@ -264,6 +256,24 @@ def minibatch_loss(run, cfg, rollouts, mini, seed, sums):
         sums[key] = sums.get(key, 0.0) + values.double().sum().item()
 
     return loss_fn
+
+
+def minibatch_mask(cfg, rollouts, mini, seed):
+    """The 80/20 mask of a minibatch -> ({id(rollout): bool (T,), keep its loss}, tokens to divide the masked loss by).
+
+    Scope mini: exact-k on old-policy entropies over all ranks, so that it does not depend on the cut (8020-2). Scope micro: {},
+    each micro-batch chooses in its own forward. Norm all divides by all tokens of the minibatch."""
+    rho, members = cfg.entropy_mask_rho, sorted(i for rank in mini for mb in rank for i in mb)
+    lengths = {i: len(rollouts[i].response_ids) for i in members}
+    n_tokens, keeps = sum(lengths.values()), {}
+    if cfg.entropy_mask_scope == "mini":
+        h = torch.from_numpy(np.concatenate([rollouts[i].entropy for i in members]))
+        keep = entropy_mask(h, rho, cfg.entropy_mask_side, torch.Generator().manual_seed(request_seed(*seed)))
+        keeps = {id(rollouts[i]): k for i, k in zip(members, keep.split(list(lengths.values())), strict=True)}
+    if cfg.entropy_mask_norm == "all":
+        return keeps, n_tokens
+    micro = [n_kept(sum(lengths[i] for i in mb), rho) for rank in mini for mb in rank]
+    return keeps, n_kept(n_tokens, rho) if keeps else sum(micro)
 
 
 def choose_by_covariance(run, cfg, rollouts, mini, seed):
@@ -459,6 +469,29 @@ def prepare_run(stages, train=True, trainer=True):
     run.stop_ids = stop_ids = set(first.stop_token_ids or [run.tokenizer.eos_token_id, *gen_eos]) - {None}
     if not stop_ids:
         raise ValueError(f"stop_token_ids: the tokenizer of {path!r} has no end token: name one")
+    load_tasks(run, stages, train)
+    run.regions = data.toy_regions if first.eval_data.startswith(first.toy_dir) else None
+    fit_context(run, stages, train)
+    run.engine = make_engine(run, path, stop_ids, trainer)
+    run.policy = Policy(first, path, run.device) if trainer else None
+    for name, cfg in stages if train else []:
+        V = run.policy.config.vocab_size
+        run.tasks[name].allowed = allowed_tokens(run.tokenizer, V, cfg.min_token_chars, stop_ids)
+    shown = (run.tasks or run.heldout)[stages[0][0]].prompts[0].text
+    stops = {i: run.tokenizer.convert_ids_to_tokens(i) for i in sorted(stop_ids)}
+    run.print(f"first prompt: {shown!r}; stop ids {stops}")
+    size = f"{run.policy.n_params / 1e6:.2f} M parameters, " if trainer else ""
+    run.print(f"model: {path}, {size}{compute_dtype(first, run.device)}, engine {type(run.engine).__name__}")
+    if resume:
+        checkpoint.load(run, resume)
+        run.print(f"resumed from step {run.state['step']} ({run.state['stage']} {run.state['stage_step']}, {resume})")
+    if train and not first.walkthrough:
+        everywhere((lambda: start_files(run, resume)) if run.rank == 0 else None, ValueError)
+    return run
+
+
+def load_tasks(run, stages, train):
+    """run.tasks and run.heldout: prompts and verifiers of every stage, {stage: Task}. ValueError: data that cannot be used."""
     run.tasks, run.heldout = {}, {}
     pool = VerifierPool(timeout_s=5.0 if train else 20.0)  # a busy machine once stalled a gold answer of 0.5 ms for over 5 s
     for name, cfg in stages:
@@ -480,8 +513,11 @@ def prepare_run(stages, train=True, trainer=True):
         if train and cfg.kind == "rl" and cfg.verifier == "math_verify":
             run.print(f"WARNING: verifier=math_verify in training (stage {name}): restatements earn reward, "
                       "2^{10} for 1024 or the question's own sum for its value; dapo and boxed compare text")  # fmt: skip
-    run.regions = data.toy_regions if first.eval_data.startswith(first.toy_dir) else None
-    context = getattr(load_hf_config(path), "max_position_embeddings", None) or math.inf
+
+
+def fit_context(run, stages, train):
+    """Prompt and response must fit the model's context. ValueError names the key; an evaluation takes what room there is."""
+    context = getattr(load_hf_config(run.path), "max_position_embeddings", None) or math.inf
     for name, cfg in stages:
         if not train:  # CURE evaluates with 4096 new tokens on a model whose context is 4096: the room is what the prompts leave
             cfg.max_prompt_tokens = max(len(p.ids) for p in run.heldout[name].prompts)
@@ -491,22 +527,6 @@ def prepare_run(stages, train=True, trainer=True):
                 cfg.max_response_tokens = room
         if cfg.max_prompt_tokens + cfg.max_response_tokens > context:
             raise ValueError(f"max_prompt_tokens: with max_response_tokens over the model's context of {context} (stage {name})")
-    run.engine = make_engine(run, path, stop_ids, trainer)
-    run.policy = Policy(first, path, run.device) if trainer else None
-    for name, cfg in stages if train else []:
-        V = run.policy.config.vocab_size
-        run.tasks[name].allowed = allowed_tokens(run.tokenizer, V, cfg.min_token_chars, stop_ids)
-    shown = (run.tasks or run.heldout)[stages[0][0]].prompts[0].text
-    stops = {i: run.tokenizer.convert_ids_to_tokens(i) for i in sorted(stop_ids)}
-    run.print(f"first prompt: {shown!r}; stop ids {stops}")
-    size = f"{run.policy.n_params / 1e6:.2f} M parameters, " if trainer else ""
-    run.print(f"model: {path}, {size}{compute_dtype(first, run.device)}, engine {type(run.engine).__name__}")
-    if resume:
-        checkpoint.load(run, resume)
-        run.print(f"resumed from step {run.state['step']} ({run.state['stage']} {run.state['stage_step']}, {resume})")
-    if train and not first.walkthrough:
-        everywhere((lambda: start_files(run, resume)) if run.rank == 0 else None, ValueError)
-    return run
 
 
 def print_plan(stages):
