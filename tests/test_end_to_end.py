@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 
 import cure
 import rollout
-from config import load_config
+from config import Config, load_config
 
 
 @pytest.fixture(autouse=True)
@@ -348,6 +349,21 @@ BAD_CONFIG = {
     ("entropy_coef=-0.1",): "entropy_coef: must be finite and not negative",
     ("kl_cov_coef=nan",): "kl_cov_coef: must be finite and not negative",
 }
+
+
+def test_prompt_and_response_fit_the_context_in_training_and_take_the_room_in_an_evaluation(tiny, capsys):
+    heldout = SimpleNamespace(prompts=[SimpleNamespace(ids=[0] * n) for n in (9, 28)])
+    run = SimpleNamespace(path=tiny[0], heldout={"a": heldout}, print=print)
+    context = cure.load_hf_config(tiny[0]).max_position_embeddings
+    cfg = Config(name="a", max_prompt_tokens=28, max_response_tokens=context - 28)
+    cure.fit_context(run, [("a", cfg)], train=True)
+    cfg.max_prompt_tokens += 1
+    with pytest.raises(ValueError, match=rf"max_prompt_tokens: .*context of {context} \(stage a\)"):
+        cure.fit_context(run, [("a", cfg)], train=True)
+    cfg.max_response_tokens = 10**6
+    cure.fit_context(run, [("a", cfg)], train=False)
+    assert (cfg.max_prompt_tokens, cfg.max_response_tokens) == (28, context - 28)
+    assert f"a: max_response_tokens {context - 28}, not 1000000" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("overrides", BAD_CONFIG, ids=lambda o: "+".join(o))

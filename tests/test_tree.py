@@ -83,8 +83,10 @@ def test_a_row_that_is_no_rollout_costs_its_group_only(tmp_path, capsys):
 
 
 def test_a_file_that_ends_inside_a_group_shows_no_part_of_it(tmp_path, capsys):
-    run = write_samples(tmp_path, group(), group(step=2)[:4], tail='{"step": 2, "par')
-    assert tree.choose_group(run)[0]["step"] == 1 and "step 2, group 0: rows are missing" in capsys.readouterr().err
+    for rows in (2, 4):  # two base responses, and two with both branches of the first
+        tree.warn.cache_clear()
+        run = write_samples(tmp_path, group(), group(step=2)[:rows], tail='{"step": 2, "par')
+        assert tree.choose_group(run)[0]["step"] == 1 and "step 2, group 0: rows are missing" in capsys.readouterr().err
 
 
 def test_a_torn_row_costs_its_group_only(tmp_path, capsys):
@@ -124,7 +126,8 @@ def test_the_tree_says_where_branches_leave_and_what_they_inherit(tmp_path):
         one["prefix_ids"] = one["prefix_ids"][2:]
     assert tree.tree_data(tmp_path, last)["leaves"][0]["from"] == 2, "clause: last"
     alone = tree.tree_data(tmp_path, group()[:2])
-    assert alone["summary"] == "2 base responses, 1 of 2 right" and alone["leaves"][0]["fork"] == 5
+    assert alone["summary"] == "2 base responses, 1 of 2 right"
+    assert [alone["leaves"][0][key] for key in ("fork", "clause")] == [5, 5], "nothing is the clause before a fork"
 
 
 def test_the_clause_is_rollouts():
@@ -262,16 +265,19 @@ def test_branches_table_against_counts_by_hand(tmp_path):
     assert table["tokens saved by a branch against a fresh base response"][1] == "60.0%"
     assert table["rank of its entropy in the response, 10th / 50th / 90th"][1] == "2 / 3 / 4", "0.7 is second, 0.1 fourth of five"
     assert table["groups that branched"] == ["-", "2"]
+    right = branches.forks_on_file(write_samples(tmp_path, group("rrrrww")))
+    assert right["flip"].tolist() == [0, 1] and right["branch"].tolist() == [1, 0], "right as their parent: none turned"
 
 
 def test_rates_over_all_sampled_rollouts_weigh_steps_by_their_groups(tmp_path):
     lines = [train_line(1, **branch_metrics(1), **{"train/sampled_groups": 10, "branch/fallback_share": .1}),
              train_line(2, **branch_metrics(2), **{"train/sampled_groups": 30, "branch/fallback_share": .2}),
              train_line(3, "stage2")]
-    lines[0] |= {"branch/accuracy_base": .5, "branch/accuracy_branch": .4, "branch/flip_rate": .3}
+    lines[0] |= {"branch/accuracy_base": .5, "branch/accuracy_branch": .4, "branch/flip_rate": .3, "branch/entropy_at_t_star": .5}
     lines[1] |= {"branch/accuracy_base": .7, "branch/accuracy_branch": .8, "branch/flip_rate": .1}
     table = cells(branches.branches_table(branches.forks_sampled(write_run(tmp_path, lines)), {}))
     assert table["groups that branched"] == ["40", "-"] and table["forks without a critical token (t* = 0)"][0] == "17.5%"
+    assert table["entropy at t*, nats"][0] == "0.718", "(0.5 x 9 + 0.8 x 24) / 33: 9 and 24 groups' worth of forks have a t*"
     # step 1: of 10 groups right-right .3, right-wrong .2, wrong-right .1; step 2, of 30: .7, 0, .1
     assert [table[f"parent {a} -> branch {b}"][0] for a in ("right", "wrong") for b in ("right", "wrong")] == [
         "0.600", "0.050", "0.100", "0.250"]
