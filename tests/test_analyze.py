@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import analyze
+from tools import analyze
 
-SCRIPT = Path(analyze.__file__)
+ROOT = Path(analyze.__file__).parents[1]
 
 
 def train_line(step, stage="stage1", **more):
@@ -63,7 +63,8 @@ def assert_picture(path, width=1000):
 
 
 def run_script(*arguments):
-    return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-m", "tools.analyze", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
+                          timeout=120)
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------

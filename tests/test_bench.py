@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import ROOT, largest, ragged
 
-import bench
-import policy
+from lib import policy
+from tools import bench
 
 
 def run(*argv, ranks=1):
@@ -59,5 +59,5 @@ def test_an_unknown_part_is_refused(capsys):
 
 @pytest.mark.parametrize("shape, millions", [("135m", 134.5), ("0.5b", 494.0), ("1.5b", 1543.7), ("7b", 7615.6)])
 def test_shapes_have_the_published_models_sizes(shape, millions):
-    from plan import model_sizes
+    from lib.memory import model_sizes
     assert model_sizes(bench.shape_config(shape)).params / 1e6 == pytest.approx(millions, abs=0.1)

@@ -13,8 +13,8 @@ import torch
 from conftest import ROOT, lines, numbers, train_lines
 from safetensors.torch import load_file
 
-import checkpoint
 import cure
+from lib import checkpoint, files
 
 STATE = "ckpt/step_000006/state"
 
@@ -230,7 +230,7 @@ def test_other_damage_is_one_line_too(whole, config, tmp_path, capsys, file):
     shutil.copytree(whole, tmp_path / "run")
     checkpoint_dir = tmp_path / "run/ckpt/step_000006"
     if file == "state":
-        checkpoint.delete(checkpoint_dir / "state")
+        files.delete(checkpoint_dir / "state")
     else:
         (checkpoint_dir / file).write_text((checkpoint_dir / file).read_text()[:-40])
     with pytest.raises(SystemExit) as e:

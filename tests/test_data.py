@@ -12,7 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data
+from lib import data
+from lib.toy import make_toy, toy_problem, toy_regions
+from reward import last_boxed
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared" / "data"
@@ -68,14 +70,15 @@ def chat():
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy")
-    data.make_toy(str(folder), n_train=4000, n_heldout=256, n_sft=6000)
+    make_toy(str(folder), n_train=4000, n_heldout=256, n_sft=6000)
     return folder
 
 
 # -------------------------------------------------------------------------------------------------------------- rows
 
 def test_import_is_light():
-    code = "import sys, data; print([m for m in ('torch', 'transformers', 'datasets', 'pyarrow') if m in sys.modules])"
+    code = ("import sys; from lib import data; "
+            "print([m for m in ('torch', 'transformers', 'datasets', 'pyarrow') if m in sys.modules])")
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
 
@@ -111,7 +114,7 @@ def test_gold_answers_of_every_known_schema(tmp_path, row, answer):
                                          (r"\boxed{{a}{b}} c}", "{a}{b}"), (r"\boxed{1} \boxed{ 2 }", "2"),
                                          (r"\boxed{\}}", r"\}"), (r"\boxed{a\\} b}", r"a\\")])
 def test_last_boxed_balances_braces(text, boxed):
-    assert data.last_boxed(text) == boxed
+    assert (last_boxed(text) or "").strip() == boxed
 
 
 def test_gsm8k_answer_is_split_into_gold_and_solution(tmp_path):
@@ -459,7 +462,7 @@ def test_toy_solutions_are_right():
     rng = random.Random(0)
     for n in (1, 2, 4, 6):
         for _ in range(200):
-            prompt, solution, answer = data.toy_problem(rng, n)
+            prompt, solution, answer = toy_problem(rng, n)
             numbers = [int(x) for x in prompt.removesuffix("?").split("+")]
             assert len(numbers) == n and all(2 <= x <= 30 for x in numbers)
             assert len(follow(prompt, solution, answer)) == 2 * (n - 1)
@@ -468,7 +471,7 @@ def test_toy_solutions_are_right():
 def test_toy_picks_ordered_pairs_uniformly():
     rng, first, second = random.Random(1), Counter(), Counter()
     while sum(first.values()) < 6000:
-        prompt, solution, answer = data.toy_problem(rng)
+        prompt, solution, answer = toy_problem(rng)
         numbers = [int(x) for x in prompt[:-1].split("+")]
         if len(set(numbers)) < 4:
             continue
@@ -482,13 +485,13 @@ def test_toy_picks_ordered_pairs_uniformly():
 def test_toy_problem_uses_only_its_own_generator():
     random.seed(3)
     state = random.getstate()
-    assert data.toy_problem(random.Random(7)) == data.toy_problem(random.Random(7))
+    assert toy_problem(random.Random(7)) == toy_problem(random.Random(7))
     assert random.getstate() == state
 
 
 def test_toy_regions_mark_choices_and_results():
     text = r" 20+27=47;6+47=53;53+29=82;\boxed{82}"
-    regions = data.toy_regions(text)
+    regions = toy_regions(text)
     shown = {name: "".join(c if on else "_" for c, on in zip(text, marks, strict=True))
              for name, marks in regions.items()}
     assert shown == {"operands": "_20+27____6+47____53+29______________",
@@ -497,7 +500,7 @@ def test_toy_regions_mark_choices_and_results():
 
 @given(st.text(alphabet="0123456789+=;?\\boxed{} \n", max_size=60) | st.text(max_size=20))
 def test_toy_regions_take_any_text(text):
-    regions = data.toy_regions(text)
+    regions = toy_regions(text)
     assert len(regions["operands"]) == len(regions["results"]) == len(text)
     assert not any(a and b for a, b in zip(regions["operands"], regions["results"], strict=True))
     assert all(c in "0123456789+" for c, on in zip(text, regions["operands"], strict=True) if on)
@@ -509,7 +512,7 @@ def test_toy_regions_take_any_text(text):
     (r"1+2=3\boxed{4}5", "1+2", "34"), (r"\boxed{3", "", "3"),
 ])
 def test_toy_regions_of_malformed_text(text, operands, results):
-    regions = data.toy_regions(text)
+    regions = toy_regions(text)
     assert "".join(c for c, on in zip(text, regions["operands"], strict=True) if on) == operands
     assert "".join(c for c, on in zip(text, regions["results"], strict=True) if on) == results
 
@@ -568,11 +571,11 @@ def test_toy_is_made_the_same_twice_and_leaves_random_states_alone(tmp_path):
     torch.manual_seed(123)
     random.seed(123)
     states = torch.get_rng_state(), random.getstate()
-    data.make_toy(str(tmp_path / "a"), **small)
+    make_toy(str(tmp_path / "a"), **small)
     assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
     torch.rand(7)                                       # another global state must not matter
-    data.make_toy(str(tmp_path / "b"), **small)
-    data.make_toy(str(tmp_path / "c"), **small, seed=1)
+    make_toy(str(tmp_path / "b"), **small)
+    make_toy(str(tmp_path / "c"), **small, seed=1)
     names = sorted(p.name for p in (tmp_path / "a").iterdir())
     assert names == sorted(p.name for p in (tmp_path / "b").iterdir())
     assert all((tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in names)
@@ -582,7 +585,7 @@ def test_toy_is_made_the_same_twice_and_leaves_random_states_alone(tmp_path):
 
 def test_toy_dir_that_cannot_be_made_names_its_key(tmp_path):
     (tmp_path / "file").write_text("")
-    fails("^toy_dir: ", data.make_toy, str(tmp_path / "file"), n_train=1, n_heldout=1, n_sft=1)
+    fails("^toy_dir: ", make_toy, str(tmp_path / "file"), n_train=1, n_heldout=1, n_sft=1)
 
 
 # ---------------------------------------------------------------------------------------------------------- real files

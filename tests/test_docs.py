@@ -6,10 +6,11 @@ import pytest
 from conftest import ROOT, lines, numbers, train_lines
 
 import cure
-import walkthrough
+from lib import config
+from tools import walkthrough
 
 README, DOC = (ROOT / "README.md").read_text(), (ROOT / "docs/walkthrough.md").read_text()
-SOURCES = {p.name: p.read_text() for p in sorted(ROOT.glob("*.py"))}
+SOURCES = {p.name: p.read_text() for d in (".", "lib", "methods", "tools") for p in sorted((ROOT / d).glob("*.py"))}
 TAG = r"(?:CURE|DAPO|8020|ENT|COV)-\d+"
 
 
@@ -124,7 +125,7 @@ def test_the_readme_lists_the_methods():
                              "80/20", "bottom 80 %", "random 20 %", "entropy bonus", "Clip-Cov", "KL-Cov"]  # fmt: skip
     assert [name for name, (_, over) in METHODS.items() if not over] == ["CURE", "DAPO"]
     for name, (base, over) in METHODS.items():            # its two stages differ as the table says, the others are one stage
-        stages = cure.load_config(["--config", str(ROOT / f"configs/{base}.yaml"), *over])
+        stages = config.load_config(["--config", str(ROOT / f"configs/{base}.yaml"), *over])
         assert [(c.n1, c.n2) for _, c in stages] == ([(4, 3), (16, 0)] if base == "toy" else [(16, 0)]), name
 
 

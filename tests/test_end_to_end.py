@@ -18,8 +18,9 @@ from conftest import ROOT, largest, lines, numbers, train_lines
 from safetensors.torch import load_file
 
 import cure
-import rollout
-from config import Config, load_config
+from lib import engine, policy, pool
+from lib.config import Config, load_config
+from lib.run import fit_context
 
 
 @pytest.fixture(autouse=True)
@@ -231,7 +232,7 @@ def test_covariance_variants_take_steps_of_several_minibatches_and_log_what_they
 
 # ------------------------------------------------------------------------------------------------------- what must be caught
 def test_a_skipped_sync_stops_the_run_at_the_next_step(config, tmp_path, monkeypatch):
-    sync = rollout.TorchEngine.sync
+    sync = engine.TorchEngine.sync
     calls = []
 
     def only_once(self, named):
@@ -242,7 +243,7 @@ def test_a_skipped_sync_stops_the_run_at_the_next_step(config, tmp_path, monkeyp
             pass
         self.ready = True
 
-    monkeypatch.setattr(rollout.TorchEngine, "sync", only_once)
+    monkeypatch.setattr(engine.TorchEngine, "sync", only_once)
     with pytest.raises(RuntimeError, match="engine and trainer disagree"):
         cure.main(["--config", config, f"out_dir={tmp_path}", "eval_data="])
     assert [m["step"] for m in train_lines(tmp_path)] == [1]
@@ -297,7 +298,7 @@ def test_the_third_gradient_in_a_row_that_is_not_finite_ends_the_run(config, tmp
 
 @pytest.mark.parametrize("verdict", [(-1.0, False, "34"), (1.0, True, "34")])
 def test_a_verifier_that_always_says_the_same_stops_the_run_before_its_first_step(config, tmp_path, monkeypatch, verdict):
-    monkeypatch.setattr(cure.VerifierPool, "score_all", lambda self, pairs, verifier: ([verdict] * len(pairs), {}))
+    monkeypatch.setattr(pool.VerifierPool, "score_all", lambda self, pairs, verifier: ([verdict] * len(pairs), {}))
     with pytest.raises(RuntimeError, match="verifier 'boxed' misjudged .* Not starting"):
         cure.main(["--config", config, f"out_dir={tmp_path}/run"])
     assert not (tmp_path / "run").exists()
@@ -354,14 +355,14 @@ BAD_CONFIG = {
 def test_prompt_and_response_fit_the_context_in_training_and_take_the_room_in_an_evaluation(tiny, capsys):
     heldout = SimpleNamespace(prompts=[SimpleNamespace(ids=[0] * n) for n in (9, 28)])
     run = SimpleNamespace(path=tiny[0], heldout={"a": heldout}, print=print)
-    context = cure.load_hf_config(tiny[0]).max_position_embeddings
+    context = policy.load_hf_config(tiny[0]).max_position_embeddings
     cfg = Config(name="a", max_prompt_tokens=28, max_response_tokens=context - 28)
-    cure.fit_context(run, [("a", cfg)], train=True)
+    fit_context(run, [("a", cfg)], train=True)
     cfg.max_prompt_tokens += 1
     with pytest.raises(ValueError, match=rf"max_prompt_tokens: .*context of {context} \(stage a\)"):
-        cure.fit_context(run, [("a", cfg)], train=True)
+        fit_context(run, [("a", cfg)], train=True)
     cfg.max_response_tokens = 10**6
-    cure.fit_context(run, [("a", cfg)], train=False)
+    fit_context(run, [("a", cfg)], train=False)
     assert (cfg.max_prompt_tokens, cfg.max_response_tokens) == (28, context - 28)
     assert f"a: max_response_tokens {context - 28}, not 1000000" in capsys.readouterr().out
 
@@ -451,7 +452,7 @@ def test_the_search_for_forbidden_calls_finds_them(bad):
 
 
 def test_no_script_evaluates_text_unpickles_or_trusts_remote_code():
-    scripts = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "tests").glob("*.py"))]
+    scripts = [p for d in (".", "lib", "methods", "tools", "tests") for p in sorted((ROOT / d).glob("*.py"))]
     assert {"cure.py", "policy.py", "rollout.py", "loss.py", "reward.py", "data.py", "eval.py"} <= {p.name for p in scripts}
     found = {p.name: hits for p in scripts if (hits := forbidden(p.read_text()))}
     print(f"{len(scripts)} scripts: {found or 'nothing forbidden'}")

@@ -10,13 +10,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
-import checkpoint
 import cure
 import eval as evaluation
-import plan
-from config import CHOICES, load_config
-from plan import GIB, GPUS, engine_room, engine_share, forward_flops, model_sizes, trainer_memory
-from policy import PackedLM, pack, packed_length
+from lib import checkpoint, toy
+from lib.config import CHOICES, load_config
+from lib.memory import GIB, GPUS, engine_room, engine_share, forward_flops, model_sizes, trainer_memory
+from lib.policy import PackedLM, pack, packed_length
+from tools import plan
 
 CONFIG_7B = str(ROOT / "configs/qwen2.5-math-7b.yaml")
 
@@ -365,9 +365,8 @@ def nothing_else(monkeypatch):
     """Whatever starts work is an error."""
     def no(*args, **kwargs):
         raise AssertionError("a dry run started something")
-    for name in ("init_distributed", "load_tokenizer", "make_engine", "make_toy_base", "Policy", "VerifierPool"):
-        monkeypatch.setattr(cure, name, no)
-    monkeypatch.setattr(cure.data, "load_prompts", no)
+    monkeypatch.setattr(cure, "prepare_run", no)
+    monkeypatch.setattr("lib.run.init_distributed", no)
 
 
 @pytest.mark.parametrize("file", sorted(p.name for p in (ROOT / "configs").glob("*.yaml")))
@@ -386,7 +385,7 @@ def test_every_config_has_a_plan(file, tmp_path, monkeypatch, capsys, nothing_el
 
 
 def test_a_toy_that_is_there_is_read(tmp_path, capsys, nothing_else):
-    config = cure.data.toy_config()
+    config = toy.toy_config()
     config.intermediate_size = 999
     config.save_pretrained(tmp_path)
     assert cure.main(["--config", str(ROOT / "configs/toy.yaml"), "dry_run=true", f"toy_dir={tmp_path}"]) == 0

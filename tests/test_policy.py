@@ -13,11 +13,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import cure
-from config import Config
+from lib.config import Config
+from lib.memory import engine_share
+from lib.policy import Policy, bins, compute_dtype, load_hf_config, load_lm, load_tokenizer, pack, packed_length, partition
+from lib.ranks import gather
 from loss import group_advantages, policy_loss, token_weights
-from plan import engine_share
-from policy import Policy, bins, compute_dtype, load_lm, pack, packed_length, partition
-from rollout import Rollout, gather
+from rollout import Rollout
 
 BUDGET = 4096
 
@@ -696,8 +697,8 @@ def test_code_in_a_model_folder_is_never_executed(sharp, cpu, tmp_path, model_ty
         content = json.loads((folder / name).read_text())
         (folder / name).write_text(json.dumps(content | more | {"auto_map": auto_map}))
     loaded = []
-    for load in (cure.load_tokenizer, cure.load_hf_config, lambda f: load_lm(f, torch.float32, "packed"),
-                 lambda f: engine_share(config(), cure.load_hf_config(f), 1, 80 * GIB)):
+    for load in (load_tokenizer, load_hf_config, lambda f: load_lm(f, torch.float32, "packed"),
+                 lambda f: engine_share(config(), load_hf_config(f), 1, 80 * GIB)):
         try:
             loaded.append(load(str(folder)))
         except ValueError as e:                         # refused is as good as loaded without it

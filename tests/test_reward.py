@@ -17,7 +17,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import reward
-from reward import INVALID, VerifierPool, normalise, overlong_penalty, score, self_test
+from lib.pool import ALARM_MARGIN_S, VerifierPool, Worker, literals_only
+from reward import INVALID, normalise, overlong_penalty, score, self_test
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT.parent / "shared" / "data" / "benchmarks"
@@ -334,11 +335,11 @@ def test_math_verify_in_this_process_sets_no_signal():
 def test_the_worker_evaluates_number_tokens_only():
     seen = []
     for code in ("Integer (12 )", "Float ('1.5' )", "Symbol ('mu' )", "E "):
-        reward.literals_only(code, None, None, evaluate=lambda *a: seen.append(a))
+        literals_only(code, None, None, evaluate=lambda *a: seen.append(a))
     assert len(seen) == 4
     for code in ("__import__ ('os' )", "eval ('1' )", "E ()", "Integer (eval ('1' ))", "Symbol ('a' ).name", "1 +1 "):
         with pytest.raises(ValueError, match="refused"):
-            reward.literals_only(code, None, None, evaluate=lambda *a: seen.append(a))
+            literals_only(code, None, None, evaluate=lambda *a: seen.append(a))
     assert len(seen) == 4
 
 
@@ -554,7 +555,7 @@ def test_workers_that_cannot_start_are_an_error_and_no_endless_loop():
 
 
 def test_a_worker_that_never_gets_ready_is_an_error(monkeypatch):
-    monkeypatch.setattr(reward, "START_LIMIT_S", 0.01)
+    monkeypatch.setattr("lib.pool.START_LIMIT_S", 0.01)
     with VerifierPool(workers=1) as pool, pytest.raises(RuntimeError, match="did not start"):
         pool.score_all([(r"\boxed{1}", "1")], "math_verify")
 
@@ -564,8 +565,8 @@ def start_worker():
     started = []
 
     def start(timeout_s):
-        command = [sys.executable, str(ROOT / "reward.py"), "--worker", str(timeout_s), "1024"]
-        started.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        command = [sys.executable, "-m", "lib.pool", str(timeout_s), "1024"]
+        started.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT))
         assert json.loads(started[-1].stdout.readline()) == "ready"
         return started[-1]
 
@@ -586,7 +587,7 @@ def test_an_idle_worker_waits_without_an_alarm_and_prints_nothing_but_verdicts(s
     worker.stdin.write(json.dumps([r"\boxed{34}", "34"]) + "\n")
     worker.stdin.flush()
     assert json.loads(worker.stdout.readline()) == [*RIGHT, "34"]
-    assert not select.select([worker.stdout], [], [], 0.1 + reward.ALARM_MARGIN_S + 0.5)[0], "it ended"
+    assert not select.select([worker.stdout], [], [], 0.1 + ALARM_MARGIN_S + 0.5)[0], "it ended"
     if os.path.exists(f"/proc/{worker.pid}/fd"):
         assert [os.readlink(f"/proc/{worker.pid}/fd/{fd}") for fd in (1, 2)] == [os.devnull] * 2
 
@@ -599,7 +600,7 @@ def test_a_worker_lost_in_a_power_tower_ends_by_its_own_alarm(start_worker):
 
 
 def test_sending_to_a_dead_worker_and_replies_in_pieces_are_no_trouble():
-    worker = reward.Worker(5.0, 1024)
+    worker = Worker(5.0, 1024)
     worker.process.kill()
     worker.process.wait()
     worker.outbox = b"job"
@@ -615,7 +616,7 @@ def test_sending_to_a_dead_worker_and_replies_in_pieces_are_no_trouble():
 
 PARENT = """
 import sys
-from reward import VerifierPool
+from lib.pool import ALARM_MARGIN_S, VerifierPool, Worker, literals_only
 class Noisy(VerifierPool):
     def _on_event(self, pipe, worker, *args):
         super()._on_event(pipe, worker, *args)

@@ -12,28 +12,23 @@ from conftest import WORLDS, largest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data
-from config import Config
+from lib import data
+from lib.config import Config
+from lib.data import Task
+from lib.engine import Sampling, TorchEngine, VLLMEngine, draw, request_seed
+from lib.policy import Policy, pack
+from lib.pool import VerifierPool
+from lib.ranks import gather, timed
 from loss import group_advantages
-from policy import Policy, pack
-from reward import VerifierPool
 from rollout import (
     Rollout,
-    Sampling,
-    Task,
-    TorchEngine,
-    VLLMEngine,
     allowed_tokens,
     clause_start,
     collect,
     critical_candidates,
-    draw,
-    gather,
     pick_critical,
-    request_seed,
     sample_round,
     score_rollouts,
-    timed,
 )
 
 STOP = 1

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from test_analyze import assert_picture, branch_metrics, run_script, train_line, write_run
 
-import branches
-import tree
+from lib import toy
+from tools import branches, tree
 
 HOSTILE = ["</script><script>document.title='owned'</script>", "<img src=x onerror=\"document.title='owned'\">", "<!--<script>",
            "&lt;b&gt;", "\x1b[2J\x1b]0;owned\x07", "\u202etxt", "\ud800", "a\nb", "\t", ""]  # fmt: skip
@@ -206,9 +206,7 @@ def test_every_colour_is_darker_than_the_one_before():
 def test_a_model_gives_rank_and_alternatives(tmp_path):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    import data
-    data.make_toy(f"{tmp_path}/model", n_train=4, n_heldout=4, n_sft=4)
+    toy.make_toy(f"{tmp_path}/model", n_train=4, n_heldout=4, n_sft=4)
     tokenizer, rows = AutoTokenizer.from_pretrained(f"{tmp_path}/model"), group()
     for one in rows:  # ids the toy's model knows
         one |= {key: [i % 24 for i in one[key]] for key in ("response_ids", "prefix_ids")}

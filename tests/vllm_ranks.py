@@ -5,6 +5,8 @@ import os
 import sys
 from pathlib import Path
 
+from lib import engine, policy
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
@@ -12,18 +14,17 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 import cure
-import data
-import rollout
-from config import Config
-from policy import init_distributed, leave
-from rollout import Sampling, TorchEngine, VLLMEngine, gather, request_seed
+from lib import data
+from lib.config import Config
+from lib.engine import Sampling, TorchEngine, VLLMEngine, request_seed
+from lib.ranks import gather, init_distributed, leave
 
 
 def engines(path, kinds=("vllm",), **settings):
     """(rank, world, [engines, synced with the folder's weights], tokenizer)."""
     rank, world, device = init_distributed()
     cfg = Config(seed=0, engine_kv_mib=64, **settings)
-    tokenizer, eos = cure.load_tokenizer(path)
+    tokenizer, eos = policy.load_tokenizer(path)
     stop = {tokenizer.eos_token_id, *eos} - {None}
     out = []
     for kind in kinds:
@@ -111,7 +112,7 @@ def skipped_sync(*argv):
         self.llm.wake_up(tags=["kv_cache"])
         self.ready = True
 
-    rollout.VLLMEngine.sync = once
+    engine.VLLMEngine.sync = once
     cure.main(list(argv))
 
 

@@ -1,4 +1,4 @@
-"""entropy.py: its numbers against hand-computed ones and brute force, and what it does about bad input."""
+"""token_entropy.py: its numbers against hand-computed ones and brute force, and what it does about bad input."""
 import json
 import random
 import shutil
@@ -11,9 +11,8 @@ import torch
 from conftest import ragged
 from test_analyze import assert_picture
 
-import analyze
-import entropy
-from policy import load_lm
+from lib.policy import load_lm
+from tools import analyze, token_entropy
 
 
 def sample_rows(tokenizer, n=12, steps=(1, 2, 3), branches=0, seed=0):
@@ -40,7 +39,7 @@ def write_run(folder, rows, base=None, checkpoints=(), tail=""):
 
 @pytest.fixture(scope="module")
 def tokenizer(sharp):
-    return entropy.load_tokenizer(sharp)[0]
+    return token_entropy.load_tokenizer(sharp)[0]
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------
@@ -48,11 +47,11 @@ def tokenizer(sharp):
 def test_extremes_of_a_hand_made_row():
     ids = np.array([7, 7, 7, 2, 2, 2, 5, 5, 5, 9, 9, 4, 4, 4])
     h = np.array([1, 2, 3, .5, .5, .5, 4, 4, 4, 99, 99, 0, 0, .3])
-    assert entropy.extremes(ids, h, k=1, more_than=2) == ([(5, 3, 4)], [(4, 3, pytest.approx(.1))], 4), "9 is seen twice only"
-    high, low, number = entropy.extremes(ids, h, k=100, more_than=2)
+    assert token_entropy.extremes(ids, h, k=1, more_than=2) == ([(5, 3, 4)], [(4, 3, pytest.approx(.1))], 4)  # 9 is seen twice
+    high, low, number = token_entropy.extremes(ids, h, k=100, more_than=2)
     assert ([e[0] for e in high], [e[0] for e in low], number) == ([5, 7], [4, 2], 4), "too few: halves, nothing twice"
-    assert entropy.extremes(ids, h, k=100, more_than=3) == ([], [], 0)
-    high, low, _ = entropy.extremes(np.repeat([3, 1, 2], 2), np.ones(6), k=2, more_than=1)
+    assert token_entropy.extremes(ids, h, k=100, more_than=3) == ([], [], 0)
+    high, low, _ = token_entropy.extremes(np.repeat([3, 1, 2], 2), np.ones(6), k=2, more_than=1)
     assert ([e[0] for e in high], [e[0] for e in low]) == ([1, 2], [3]), "ties: the lower id first"
 
 
@@ -65,7 +64,7 @@ def test_extremes_agree_with_brute_force():
         seen[i].append(x)
     often = {i: sum(xs) / len(xs) for i, xs in seen.items() if len(xs) > 100}
     assert 200 < len(often) < len(seen)
-    high, low, number = entropy.extremes(np.array(ids), np.array(h))
+    high, low, number = token_entropy.extremes(np.array(ids), np.array(h))
     assert number == len(often) and len(high) == len(low) == 100
     assert [e[0] for e in high] == sorted(often, key=lambda i: -often[i])[:100]
     assert [e[0] for e in low] == sorted(often, key=lambda i: often[i])[:100]
@@ -74,31 +73,31 @@ def test_extremes_agree_with_brute_force():
 
 def test_overlap_by_hand_and_by_brute_force():
     base, final = np.array([9, 8, 1, 1, 1, 1, 1, 1, 1, 1.]), np.array([9, 1, 1, 1, 1, 1, 1, 1, 1, 8.])
-    np.testing.assert_array_equal(entropy.overlaps([base, final]), [[1, .5], [.5, 1]])
-    assert entropy.top_positions(np.ones(10)).tolist() == [True] * 2 + [False] * 8, "exactly 20 %, of equal ones the first"
+    np.testing.assert_array_equal(token_entropy.overlaps([base, final]), [[1, .5], [.5, 1]])
+    assert token_entropy.top_positions(np.ones(10)).tolist() == [True] * 2 + [False] * 8, "exactly 20 %, of equal ones the first"
     hs = np.random.default_rng(0).exponential(size=(3, 1003)).round(1)  # many ties, and 0.2 N = 200.6 -> 201
     sets = [set(sorted(range(1003), key=lambda i: (-h[i], i))[:201]) for h in hs]
     expected = [[len(a & b) / 201 for b in sets] for a in sets]
-    np.testing.assert_allclose(entropy.overlaps(hs), expected, rtol=1e-12)
+    np.testing.assert_allclose(token_entropy.overlaps(hs), expected, rtol=1e-12)
 
 
 def test_change_by_bin_by_hand_and_by_brute_force():
     base = np.arange(40.)[::-1] / 10  # bin i of 20 holds 2 i / 10 and (2 i + 1) / 10
     final = base + np.arange(40)[::-1] // 2
     expected = [((2 * i + 1) / 10, (4 * i + 1) / 20, i) for i in range(20)]
-    np.testing.assert_allclose(entropy.change_by_bin(base, final), expected, atol=1e-12)
+    np.testing.assert_allclose(token_entropy.change_by_bin(base, final), expected, atol=1e-12)
     rng = np.random.default_rng(1)
     base, final = rng.exponential(size=(2, 2000)).round(2)
     order = sorted(range(2000), key=lambda i: (base[i], i))
-    for k, (top, mean, change) in enumerate(entropy.change_by_bin(base, final)):
+    for k, (top, mean, change) in enumerate(token_entropy.change_by_bin(base, final)):
         part = order[100 * k:100 * k + 100]
         assert (top, mean) == (max(base[part]), pytest.approx(sum(base[part]) / 100))
         assert change == pytest.approx(sum(final[i] - base[i] for i in part) / 100)
-    assert len(entropy.change_by_bin(base[:3], final[:3])) == 3, "fewer tokens than bins"
+    assert len(token_entropy.change_by_bin(base[:3], final[:3])) == 3, "fewer tokens than bins"
 
 
 def test_percentile_table_by_hand():
-    table = entropy.percentile_table({"m": np.array([0, .005, .01, .02, 1])}).split("\n")
+    table = token_entropy.percentile_table({"m": np.array([0, .005, .01, .02, 1])}).split("\n")
     assert table[0].split()[-3:] == ["m", "80/20", "paper"]
     cells = {line.split("  ")[0]: line.split()[2:] for line in table[1:]}
     assert cells["share below 0.01"] == ["0.01", "40.00%", "50.64%"], "0.01 itself is not below it"
@@ -109,7 +108,7 @@ def test_percentile_table_by_hand():
 def test_scores_are_the_entropies_of_a_plain_forward_in_float64(model, tokenizer, request):
     folder = request.getfixturevalue(model)
     rows = sample_rows(tokenizer)
-    got, _ = entropy.score(folder, rows)
+    got, _ = token_entropy.score(folder, rows)
     lm, expected = load_lm(folder, torch.float64, "eager"), []
     for row in rows:
         with torch.no_grad():
@@ -126,7 +125,7 @@ def test_scores_are_the_entropies_of_a_plain_forward_in_float64(model, tokenizer
 def test_the_last_fresh_responses_are_read_and_every_step_counts(tokenizer, tmp_path):
     rows = sample_rows(tokenizer, branches=3)
     run = write_run(tmp_path / "run", rows)
-    got, by_step = entropy.read_samples(run / "samples.jsonl", 5)
+    got, by_step = token_entropy.read_samples(run / "samples.jsonl", 5)
     assert got == rows[7:12], "branches are left out"
     lengths = [len(row["response_ids"]) for row in rows]
     assert {step: len(h) for step, h in by_step.items()} == {1: sum(lengths[:4]), 2: sum(lengths[4:8]), 3: sum(lengths[8:12])}
@@ -139,17 +138,17 @@ def test_torn_and_foreign_lines_are_one_message_and_the_rest_is_read(tokenizer, 
         {"prompt": "1+1?"}, 7, None, rows[0] | {"entropy": [.1]}, rows[0] | {"entropy": [float("nan")] * len(rows[0]["entropy"])},
         rows[0] | {"response": None})) + json.dumps(rows[0])[:99]
     run = write_run(tmp_path / "run", rows, tail=tail)
-    assert entropy.read_samples(run / "samples.jsonl", 99)[0] == rows
+    assert token_entropy.read_samples(run / "samples.jsonl", 99)[0] == rows
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and "7 lines" in message and "line 13" in message
     (run / "samples.jsonl").write_text("")
     with pytest.raises(ValueError, match="holds no fresh response"):
-        entropy.read_samples(run / "samples.jsonl", 99)
+        token_entropy.read_samples(run / "samples.jsonl", 99)
 
 
 def test_models_are_named_by_what_tells_them_apart():
-    assert entropy.labels(["runs/a", "b/step_000040/hf"]) == {"a": "runs/a", "step_000040": "b/step_000040/hf"}
-    assert list(entropy.labels(["x/hf", "y/x/hf", "z"])) == ["x/hf", "y/x/hf", "z"]
+    assert token_entropy.labels(["runs/a", "b/step_000040/hf"]) == {"a": "runs/a", "step_000040": "b/step_000040/hf"}
+    assert list(token_entropy.labels(["x/hf", "y/x/hf", "z"])) == ["x/hf", "y/x/hf", "z"]
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -183,7 +182,7 @@ def test_models_and_a_samples_file_without_a_run(sharp, odd, tokenizer, tmp_path
     run = write_run(tmp_path / "run", rows)
     code, out, err = call(capsys, sharp, odd, "--samples", run / "samples.jsonl", "--out", tmp_path / "p")
     assert (code, err) == (0, "") and "mean change to odd" in out and "token ids were seen so often" in out
-    ids, expected = np.concatenate([row["response_ids"] for row in rows]), entropy.score(odd, rows)[0]
+    ids, expected = np.concatenate([row["response_ids"] for row in rows]), token_entropy.score(odd, rows)[0]
     table = [line.split("\t") for line in (tmp_path / "p/entropy_tokens.tsv").read_text().split("\n")[1:-1]]
     assert len(table) == sum(np.bincount(ids) > 100) > 10
     for _, _, i, text, count, mean in table:
@@ -224,5 +223,5 @@ def test_models_of_a_run_are_the_base_then_sft_then_the_steps(tmp_path):
     for name in (*names, "../base"):
         (tmp_path / f"ckpt/{name}/hf").mkdir(parents=True)
     (tmp_path / "stages.json").write_text(json.dumps({"sft": {"model": f"{tmp_path}/base", "init_from": "", "temperature": 1.0}}))
-    found = entropy.run_models(tmp_path)
+    found = token_entropy.run_models(tmp_path)
     assert list(found) == ["base", "sft 40", "step 4", "step 12"] and found["step 4"] == f"{tmp_path}/ckpt/step_000004/hf"

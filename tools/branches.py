@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from analyze import COLOURS, LINES, MARKERS, STYLE, aligned, new_figure, read_run, value, warn
-from tree import read_samples, steps_of
+from lib.files import aligned
+from tools.analyze import COLOURS, LINES, MARKERS, STYLE, new_figure, read_run, value, warn
+from tools.tree import read_samples, steps_of
 
 
 def forks_sampled(run):

@@ -6,8 +6,8 @@ Symbols as in cure.py and loss.py: P prompts · n1, n2, G = n1 (1 + n2) · N rol
 import numpy as np
 import torch
 
+from lib.policy import pack
 from loss import policy_loss, token_weights
-from policy import pack
 from rollout import collect
 
 

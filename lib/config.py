@@ -15,7 +15,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from data import TEMPLATES
+from lib.data import TEMPLATES
 from reward import VERIFIERS
 
 

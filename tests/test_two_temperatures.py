@@ -1,4 +1,4 @@
-"""forking.py: the two temperatures against plain decoding and brute force, the table by hand, and the command."""
+"""two_temperatures.py: the two temperatures against plain decoding and brute force, the table by hand, and the command."""
 import json
 import shutil
 import sys
@@ -8,11 +8,10 @@ import pytest
 import torch
 from test_analyze import assert_picture
 
-import analyze
-import forking
-from config import Config
-from policy import load_lm
-from rollout import Sampling, TorchEngine
+from lib.config import Config
+from lib.engine import Sampling, TorchEngine
+from lib.policy import load_lm
+from tools import analyze, two_temperatures
 
 PROMPTS, SEEDS, N = [[5, 12, 3], [7, 12, 3, 10, 15], [9, 15]], [11, 22, 33], 3
 
@@ -28,7 +27,7 @@ def tokens(answers):
 
 
 def test_one_temperature_at_forks_and_elsewhere_is_plain_sampling_at_it(sharp):
-    plain, fork = engine(TorchEngine, sharp), engine(forking.ForkEngine, sharp)
+    plain, fork = engine(TorchEngine, sharp), engine(two_temperatures.ForkEngine, sharp)
     for high, low, threshold, temperature in ((1, 1, .672, 1.0), (.7, .7, 1.5, .7), (.5, 9., -1, .5), (9., 1.3, 99, 1.3)):
         fork.high, fork.low, fork.threshold = high, low, threshold
         expected = plain.generate(PROMPTS, N, Sampling(20, temperature), SEEDS)
@@ -40,7 +39,7 @@ def test_one_temperature_at_forks_and_elsewhere_is_plain_sampling_at_it(sharp):
 
 def test_two_temperatures_agree_with_brute_force(sharp):
     """Every token again, by a forward of the whole sequence in float64, H of its logits, eq. 5, and the same noise."""
-    fork, lm = engine(forking.ForkEngine, sharp), load_lm(sharp, torch.float64, "eager")
+    fork, lm = engine(two_temperatures.ForkEngine, sharp), load_lm(sharp, torch.float64, "eager")
     fork.high, fork.low, fork.threshold = 1.6, .4, 2.3
     got = fork.generate(PROMPTS, N, Sampling(20), SEEDS)
     drawn, forks = 0, 0
@@ -62,7 +61,7 @@ def test_two_temperatures_agree_with_brute_force(sharp):
 def test_table_is_means_and_errors_over_prompts():
     cells = {(1., 1.): {"right": np.array([.5, 0, 1]), "length": 10, "cut": 0, "forks": .25},
              (1.5, 1.): {"right": np.array([1, .5, 1]), "length": 12, "cut": .5, "forks": .2}}
-    rows = [line.split("  ") for line in forking.fork_table(cells).split("\n")]
+    rows = [line.split("  ") for line in two_temperatures.fork_table(cells).split("\n")]
     rows = [[cell.strip() for cell in row if cell.strip()] for row in rows]
     # errors: sd with n - 1 over sqrt(3): 0.5 / 1.732, 0.2887 / 1.732; differences 0.5, 0.5, 0: the same 0.2887 / 1.732
     assert rows[1] == ["1", "1", "0.500 ± 0.289", "10.0", "0.000", "25.0%"]
@@ -100,13 +99,13 @@ def test_a_run_is_swept_with_its_last_checkpoint(sharp, tmp_path, capsys):
 def test_a_benchmark_is_read_and_graded_its_own_way(sharp, tmp_path):
     (tmp_path / "amc.jsonl").write_text(json.dumps({"question": "1+2?", "answer": 27.0}) + "\n")
     keys = [f"model={sharp}", f"eval_data=amc23:{tmp_path}/amc.jsonl", "template=raw", "max_response_tokens=6"]
-    task = forking.fork_setup(keys)[2]
+    task = two_temperatures.fork_setup(keys)[2]
     assert task.verifier == "integer" and len(task.prompts) == 1
-    assert forking.fork_setup([*keys, "verifier=boxed"])[2].verifier == "boxed"
+    assert two_temperatures.fork_setup([*keys, "verifier=boxed"])[2].verifier == "boxed"
     with pytest.raises(ValueError, match="eval_data: no benchmark 'amc24'; did you mean amc23"):
-        forking.fork_setup([*keys, "eval_data=amc24"])
+        two_temperatures.fork_setup([*keys, "eval_data=amc24"])
     with pytest.raises(ValueError, match="max_response_tokens: 4000 and the longest prompt, 4 tokens, are over the model"):
-        forking.fork_setup([*keys, "max_response_tokens=4000"])
+        two_temperatures.fork_setup([*keys, "max_response_tokens=4000"])
 
 
 def test_what_is_missing_is_one_line(sharp, tmp_path, capsys):

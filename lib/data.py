@@ -9,6 +9,7 @@
 What a user can get wrong is a ValueError of one line: the config key to change, then file and line. What is not kept is
 counted, and the counts add up to the rows of the source. Nothing heavy is imported up here.
 """
+import difflib
 import hashlib
 import json
 import math
@@ -17,6 +18,9 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
+
+from reward import last_boxed
 
 PROMPT_COLUMNS = ("prompt", "question", "problem")
 ANSWER_COLUMNS = ("answer", "final_answer", "reward_model", "solution")     # the last one: its last \boxed{}
@@ -39,16 +43,6 @@ class Prompt:
 
 
 # -------------------------------------------------------------------------------------------------------------- rows
-
-def last_boxed(text: str) -> str:
-    r"""What stands in the last \boxed{…} of `text` (braces balanced, escaped ones not counted), or ""."""
-    start, depth = text.rfind(r"\boxed{") + len(r"\boxed{"), 1
-    for brace in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL) if r"\boxed{" in text else ():
-        depth += {"{": 1, "}": -1}.get(brace.group(), 0)
-        if depth == 0:
-            return text[start:start + brace.start()].strip()
-    return ""
-
 
 def _answer_text(value) -> str:
     """Gold as a string, as the verifiers compare it: 27.0 -> "27", ["2"] -> "2", "025" -> "25", null and NaN -> ""."""
@@ -87,7 +81,7 @@ def _fields(row: dict) -> tuple:
     elif "answer" in row or "final_answer" in row:
         answer = _answer_text(row.get("answer")) or _answer_text(row.get("final_answer"))
     else:                                               # Minerva
-        answer = _answer_text(last_boxed(solution))
+        answer = _answer_text(last_boxed(solution, len(solution)) or "")
     work, mark, gold = answer.rpartition("####")
     if mark and "\n" not in gold.strip():               # GSM8K: "48/2 = <<48/2=24>>24 clips …\n#### 1,024"
         answer = _answer_text(re.sub(r"(?<=\d),(?=\d)", "", gold))
@@ -285,78 +279,52 @@ class PromptStream:
 
 # ------------------------------------------------------------------------------------------------------------ the toy
 
-def toy_problem(rng: random.Random, n: int = 4) -> tuple[str, str, str]:
-    r"""-> (prompt, solution, answer): "20+27+6+29?", " 20+27=47;6+47=53;53+29=82;\boxed{82}", "82".
 
-    Which two of the remaining numbers come next is a real fork, uniform over ordered pairs; their sum, which joins the
-    rest, is none. In small what CURE and 80/20 see in a chain of thought: few tokens that decide, many that follow.
-    """
-    pool = [rng.randint(2, 30) for _ in range(n)]
-    prompt, steps = "+".join(map(str, pool)) + "?", ""
-    while len(pool) > 1:
-        i, j = rng.sample(range(len(pool)), 2)
-        a, b = pool[i], pool[j]
-        pool = [x for at, x in enumerate(pool) if at not in (i, j)] + [a + b]
-        steps += f"{a}+{b}={a + b};"
-    return prompt, f" {steps}\\boxed{{{pool[0]}}}", str(pool[0])
+@dataclass
+class Task:
+    """What collect() samples from, apart from the config: the stage's name, its prompts and how to read them."""
+
+    stage: str
+    prompts: list  # of data.Prompt
+    stream: object  # data.PromptStream over them
+    tokenizer: object
+    allowed: object  # bool (V,), which tokens may be critical (rollout.allowed_tokens)
+    verifiers: object  # reward.VerifierPool
+    verifier: str = ""  # instead of the config's
 
 
-def toy_regions(text: str) -> dict[str, list[bool]]:
-    r"""Per character of a response: does it choose operands (20+27), is it a digit of a result (47; the 82 in \boxed)?
-
-    Takes any text, half-trained models write all sorts: "6+4" cut off is operands still, "=" and letters are neither.
-    """
-    part, operands, results = "operands", [], []
-    for c in text:
-        part = {";": "operands", "=": "results", "{": "results", "\\": "", "}": ""}.get(c, part)
-        operands.append(part == "operands" and c in "0123456789+")
-        results.append(part == "results" and c in "0123456789")
-    return {"operands": operands, "results": results}
+class Benchmark(NamedTuple):
+    source: str  # hub id owner/name:config:split
+    size: int  # problems, for a warning when a copy has another number
+    verifier: str
+    n: int  # samples a problem, unless the preset or eval_n says
 
 
-TOY_SYMBOLS = ["<|pad|>", "<|endoftext|>", *"0123456789+=;?Ġ\\boxed{}"]
+BENCHMARKS = {
+    "aime24": Benchmark("math-ai/aime24::test", 30, "integer", 32),
+    "aime25": Benchmark("math-ai/aime25::test", 30, "integer", 32),
+    "amc23": Benchmark("math-ai/amc23::test", 40, "integer", 32),
+    "math500": Benchmark("HuggingFaceH4/MATH-500::test", 500, "math_verify", 1),
+    "minerva": Benchmark("math-ai/minervamath::test", 272, "math_verify", 1),
+    "olympiad": Benchmark("math-ai/olympiadbench::test", 675, "math_verify", 1),  # the hub's copy has 674
+    "gsm8k": Benchmark("openai/gsm8k:main:test", 1319, "integer", 1),
+}
 
 
-def toy_config():
-    """The shape of the toy's model, 0.43 M parameters."""
-    from transformers import Qwen2Config
-    return Qwen2Config(vocab_size=len(TOY_SYMBOLS), hidden_size=128, intermediate_size=384, num_hidden_layers=2,
-                       num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128,
-                       tie_word_embeddings=True, bos_token_id=None, pad_token_id=0, eos_token_id=1)
+def find(item, key="benchmarks"):
+    """An entry of `benchmarks`, or eval_data: NAME, NAME:FILE, a file or a hub id -> (name, source for data.load_prompts)."""
+    name, _, file = item.partition(":")
+    if name in BENCHMARKS:
+        return name, file or BENCHMARKS[name].source
+    if item == "toy" or "/" in name or item.endswith((".jsonl", ".parquet")) and not file:  # data.py says if it is not there
+        return re.sub(r"\.(jsonl|parquet)$", "", item.split("/")[-1]).replace(":", "-"), item
+    near = difflib.get_close_matches(name, BENCHMARKS, 1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(BENCHMARKS)}, NAME:FILE, files and hub ids"
+    raise ValueError(f"{key}: no benchmark {name!r}; {hint}")
 
 
-def make_toy(folder: str, n_train: int = 4000, n_heldout: int = 256, n_sft: int = 48000, seed: int = 0) -> None:
-    """Into `folder`: an untrained model as an ordinary HF folder, and train.jsonl, heldout.jsonl, sft.jsonl.
-
-    No held-out problem is in the others, in any order of its numbers (29 values make 35,960 multisets of 4). No file
-    has a prompt twice. The same seed makes the same files and weights. Global random states stay as they are.
-    """
-    import torch
-    from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
-    assert n_heldout <= 10_000 and max(n_train, n_sft) <= 300_000, "too much to draw from 29^4 = 707,281 prompts"
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as e:
-        raise ValueError(f"toy_dir: cannot make the folder {folder}: {e.strerror}") from e
-    rng, held = random.Random(seed), set()
-    for name, count in (("heldout", n_heldout), ("train", n_train), ("sft", n_sft)):
-        rows: dict[str, dict] = {}
-        while len(rows) < count:
-            prompt, solution, answer = toy_problem(rng)
-            numbers = tuple(sorted(map(int, prompt[:-1].split("+"))))
-            if prompt in rows or numbers in held:
-                continue
-            if name == "heldout":
-                held.add(numbers)
-            rows[prompt] = {"prompt": prompt, "answer": answer} | ({"solution": solution} if name == "sft" else {})
-        with open(os.path.join(folder, f"{name}.jsonl"), "w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows.values())
-    # A BPE without merges is a character-level tokenizer. It must be Qwen2's own class (which writes " " as "Ġ"): for a
-    # qwen2 model AutoTokenizer overrules the class named in the folder, and any other would come back blind to spaces.
-    tokenizer = Qwen2Tokenizer(vocab={s: i for i, s in enumerate(TOY_SYMBOLS)}, merges=[], unk_token=None,
-                               pad_token=TOY_SYMBOLS[0], eos_token=TOY_SYMBOLS[1], clean_up_tokenization_spaces=False)
-    with torch.random.fork_rng(devices=[]):             # the init draws from the global CPU generator: restore it
-        torch.default_generator.manual_seed(seed)       # (torch.manual_seed would reseed CUDA as well)
-        model = Qwen2ForCausalLM(toy_config())
-    tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder)                       # with a generation_config that holds eos and pad
+def grader(item, template):
+    """The verifier that a benchmark brings along; "" for other data. Integers are compared where the template puts them."""
+    name = item.partition(":")[0]
+    verifier = BENCHMARKS[name].verifier if name in BENCHMARKS else ""
+    return "dapo" if verifier == "integer" and template == "dapo" else verifier

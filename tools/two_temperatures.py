@@ -15,15 +15,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from analyze import COLOURS, LINES, MARKERS, STYLE, aligned, new_figure
-from config import load_config
-from cure import load_tokenizer
-from data import load_prompts
-from entropy import DEVICE, PAPER_80, panel, run_file, run_jobs, run_models
-from eval import find, grader
-from policy import compute_dtype
-from reward import VerifierPool, self_test
-from rollout import Rollout, Sampling, Task, TorchEngine, request_seed, score_rollouts
+from lib.config import load_config
+from lib.data import Task, find, grader, load_prompts
+from lib.engine import Sampling, TorchEngine, request_seed
+from lib.files import aligned
+from lib.policy import compute_dtype, load_tokenizer
+from lib.pool import VerifierPool
+from reward import self_test
+from rollout import Rollout, score_rollouts
+from tools.analyze import COLOURS, LINES, MARKERS, STYLE, new_figure
+from tools.token_entropy import DEVICE, PAPER_80, panel, run_file, run_jobs, run_models
 
 
 class ForkEngine(TorchEngine):

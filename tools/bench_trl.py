@@ -33,10 +33,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import bench
 import cure
-from config import load_config
-from policy import Policy, init_distributed, packed_length
+from lib.config import load_config
+from lib.policy import Policy, packed_length
+from lib.ranks import init_distributed
+from tools import bench
 
 LR, CLIP = 1e-6, 1.0
 

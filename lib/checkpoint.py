@@ -10,41 +10,19 @@ A folder is written under a temporary name, every file synced to the disk, renam
 kills the run, `latest` names a complete checkpoint, and no folder without `.tmp-` in its name is half there.
 """
 
-import hashlib
 import json
 import os
 import shutil
 
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.api import CheckpointException
 
-from config import FREE_KEYS, Config
-from rollout import gather
+from lib.config import FREE_KEYS, Config
+from lib.files import TMP, delete, files, read_json, replace_file, sha256, sync_folders, synced_size
+from lib.ranks import everywhere, gather
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
 SUMS = "SHA256SUMS"
-TMP = ".tmp-"
-
-
-def everywhere(do, error=RuntimeError):
-    """do() on this rank (None: nothing to do here), then a word with the others: if it failed on any rank, `error` with
-    the reasons on all of them. Without it the rank with the full disk ends and the others wait for it in the next
-    collective. A collective itself."""
-    failed, cause = [], None
-    try:
-        if do:
-            do()
-    except (Exception, CheckpointException) as e:  # CheckpointException is torch's, and no Exception
-        failed, cause = reasons(e), e
-    if failed := gather(failed):
-        raise error("; ".join(dict.fromkeys(failed))) from cause
-
-
-def reasons(e):
-    """An exception in one line; of torch's checkpoint exception, which brings every rank's traceback, only the causes."""
-    causes = [c for c, _ in e.failures.values()] if isinstance(e, CheckpointException) else [e]
-    return [" ".join(str(c).split()) if isinstance(c, ValueError) else f"{type(c).__name__}: {c}".rstrip() for c in causes]
 
 
 # ---------------------------------------------------------------------------------------------------------------------- write
@@ -135,14 +113,6 @@ def tidy(root, resumed):
         elif d.startswith("step_") and not os.path.exists(f"{root}/{d}/meta.json"):  # killed while pruning
             for part in (SUMS, "state"):
                 delete(f"{root}/{d}/{part}")
-
-
-def delete(path):
-    """Remove a file or a folder, if it is there."""
-    if os.path.isdir(path):
-        shutil.rmtree(path)
-    elif os.path.exists(path):
-        os.remove(path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------- read
@@ -253,12 +223,6 @@ def latest(root):
         return f.read().strip()
 
 
-def files(folder):
-    """Relative paths of all files under a folder, sorted."""
-    found = [os.path.join(where, name) for where, _, names in os.walk(folder) for name in names]
-    return sorted(os.path.relpath(file, folder) for file in found)
-
-
 def shared(items, do, run):
     """[do(item) for each item], the work spread over the ranks; the results, in rank order, on every rank. A collective."""
     out = []
@@ -266,43 +230,3 @@ def shared(items, do, run):
     return gather(out)
 
 
-def sha256(path, sync=False):
-    """The file's SHA-256 in hex, with `sync` after its bytes have reached the disk. 1.7 GB/s on one core."""
-    with open(path, "rb") as f:
-        if sync:
-            os.fsync(f.fileno())
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def sync_folders(folder, deep=True):
-    """Bring the names in a folder, and in those below it, to the disk: a rename is durable only then."""
-    for path in [folder, *(where for where, _, _ in os.walk(folder))] if deep else [folder]:
-        fd = os.open(path, os.O_RDONLY)
-        os.fsync(fd)
-        os.close(fd)
-
-
-def synced_size(path):
-    """Bytes of a log that are on the disk for good."""
-    fd = os.open(path, os.O_RDONLY | os.O_CREAT)
-    os.fsync(fd)
-    os.close(fd)
-    return os.path.getsize(path)
-
-
-def replace_file(path, text):
-    """Write a small file as a whole: a reader, or a killed run, finds the old one or the new one."""
-    folder, name = os.path.split(path)
-    with open(f"{folder}/{TMP}{name}", "w") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(f"{folder}/{TMP}{name}", path)
-
-
-def read_json(path):
-    """The object in a JSON file, or None where there is no such file."""
-    if not os.path.exists(path):
-        return None
-    with open(path) as f:
-        return json.load(f)

@@ -27,14 +27,16 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import cure
-import data
-import policy as policy_module
-from config import load_config
+from lib import data, toy
+from lib import policy as policy_module
+from lib.config import load_config
+from lib.engine import Sampling, TorchEngine, VLLMEngine, request_seed
+from lib.memory import forward_flops, peak_flops
+from lib.policy import Policy, compute_dtype, pack, packed_length, partition
+from lib.pool import VerifierPool
+from lib.ranks import gather, init_distributed, leave
 from loss import logp_and_entropy, policy_loss
-from plan import forward_flops, peak_flops
-from policy import Policy, compute_dtype, init_distributed, leave, pack, packed_length, partition
-from reward import VerifierPool
-from rollout import Rollout, Sampling, TorchEngine, VLLMEngine, gather, request_seed
+from rollout import Rollout
 
 PROMPT = 64  # tokens
 PARTS = ("update", "scaling", "score", "head", "rollout", "sync", "verifier", "balance")
@@ -262,9 +264,9 @@ def bench_head(b):
         for kind, seen in found.items():
             job = {"kind": kind, "T": b.args.head_tokens, "D": b.config.hidden_size, "V": b.config.vocab_size,
                    "chunk": b.cfg.head_chunk, "repeats": 3}  # fmt: skip
-            script = "import bench, json, sys; print(json.dumps(bench.head_once(**json.loads(sys.argv[1]))))"
+            script = "import json, sys; from tools import bench; print(json.dumps(bench.head_once(**json.loads(sys.argv[1]))))"
             p = subprocess.run([sys.executable, "-c", script, json.dumps(job)], stdout=subprocess.PIPE, text=True, check=True,
-                               cwd=cure.HERE)  # fmt: skip
+                               cwd=toy.HERE)  # fmt: skip
             seen.append(json.loads(p.stdout.splitlines()[-1]))
     middle = {k: {x: statistics.median(s[x] for s in seen) for x in ("seconds", "gib")} for k, seen in found.items()}
     for k, m in middle.items():

@@ -3,11 +3,7 @@
 Symbols: T packed input tokens of a micro-batch · R response tokens in it · n its rollouts · V vocabulary · D width.
 """
 
-import datetime
 import inspect
-import os
-import sys
-import traceback
 
 import numpy as np
 import torch
@@ -24,42 +20,6 @@ from loss import logp_and_entropy
 
 # torch 2.11 has no enable_gqa argument (its kernel accepts fewer kv heads as it is); later releases want it said
 GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-
-
-def init_distributed():
-    """Process group for `python` (a world of one, no port opened) and `torchrun` alike -> (rank, world, device)."""
-    rank, local = int(os.environ.setdefault("RANK", "0")), int(os.environ.setdefault("LOCAL_RANK", "0"))
-    world = int(os.environ.setdefault("WORLD_SIZE", "1"))
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        # one rank may wait long for another: verifiers, a long rollout, the toy's base model being made
-        wait = datetime.timedelta(hours=2)
-        backend = "nccl" if cuda else "gloo"
-        store = {} if "MASTER_ADDR" in os.environ else {"store": dist.HashStore(), "rank": rank, "world_size": world}
-        dist.init_process_group(backend, timeout=wait, **store)
-    return rank, world, device
-
-
-def leave(main, *args):
-    """Run a script's main() and exit with its code. With torch 2.13 gloo's threads outlive destroy_process_group (DTensor's
-    caches hold the mesh, the mesh holds the group), and one that wants the GIL while the interpreter shuts down takes the
-    process with it (`terminate called without an active exception`: 2 of about 180 ranks whose work was done). So ranks on
-    the CPU skip that shutdown."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or torch.cuda.is_available():
-        sys.exit(main(*args))
-    try:
-        code = main(*args)
-    except SystemExit as e:
-        code = e.code
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code or 0)
 
 
 def packed_attention(module, query, key, value, mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **kwargs):
@@ -335,3 +295,29 @@ def compute_dtype(cfg, device):
     if cfg.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return getattr(torch, cfg.dtype)
+
+
+def load_tokenizer(path):
+    """(tokenizer, eos ids of the generation config) of an HF folder or hub id; ValueError names `model`."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"model: no tokenizer in {path!r}: {str(e).splitlines()[0]}") from e
+    try:
+        eos = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:  # a model without generation_config.json is fine
+        eos = None
+    return tokenizer, eos if isinstance(eos, list) else [eos]
+
+
+def load_hf_config(path):
+    """The model's configuration; ValueError names `model`."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, StrictDataclassError) as e:  # the last: values that contradict each other
+        raise ValueError(f"model: cannot read the configuration of {path!r}: {str(e).splitlines()[0]}") from e

@@ -21,6 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
+from lib.files import aligned
+
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#E69F00", "#000000", "#CC79A7", "#56B4E9"]
 LINES = ["-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (2, 1)), (0, (9, 3))]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
@@ -124,12 +126,6 @@ def stage_spans(run):
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
-
-def aligned(rows):
-    """Rows of text cells -> lines: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows)
-
 
 def spread(numbers, form):
     """`0.912 ± 0.004`: mean and half range, (max - min) / 2; `-` if a number is missing; form `k` is for thousands."""
@@ -349,7 +345,8 @@ def compare(runs, out=None):
 def main():
     """The subcommands. What fails is one line on stderr, the rest is done; exit code 2 if anything failed."""
     if sys.argv[1:2] in (["entropy"], ["forks"]):  # these run models: files of their own, and torch is imported
-        sys.exit(importlib.import_module({"entropy": "entropy", "forks": "forking"}[sys.argv[1]]).main(sys.argv[2:]))
+        name = {"entropy": "tools.token_entropy", "forks": "tools.two_temperatures"}[sys.argv[1]]
+        sys.exit(importlib.import_module(name).main(sys.argv[2:]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_subparsers(dest="what", required=True)
     for name, text in (("curves", "draw each run"), ("compare", "overlay runs, seeds of an arm averaged")):
@@ -358,8 +355,7 @@ def main():
     sub.add_argument("--out", metavar="FILE", help="the picture (default: compare.png where the runs are)")
     what.add_parser("entropy", help="where models hesitate, by running the models")
     what.add_parser("forks", help="decoding with two temperatures")
-    import branches  # only as a script: these import this file
-    import tree
+    from tools import branches, tree  # only as a script: these import this file
     tree.add_command(what)
     branches.add_command(what)
     args, failed = parser.parse_args(), []

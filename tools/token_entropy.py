@@ -20,12 +20,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from analyze import COLOURS, LINES, MARKERS, STYLE, aligned, new_figure, warn
-from config import Config
-from cure import load_tokenizer
+from lib.config import Config
+from lib.files import aligned
+from lib.policy import PackedLM, compute_dtype, load_lm, load_tokenizer, pack, packed_length, partition
 from loss import entropy_mask
-from policy import PackedLM, compute_dtype, load_lm, pack, packed_length, partition
 from rollout import Rollout
+from tools.analyze import COLOURS, LINES, MARKERS, STYLE, new_figure, warn
 
 PAPER_BELOW, PAPER_80, PAPER_LAST = .5064, .672, 86.67  # share of tokens with H < 0.01, 80th percentile, last overlap
 PAPER_OVERLAP = "100, 98.92, 98.70, 93.04, 93.02, 93.03, 87.45, 87.22, 87.09, 86.67"  # %, with the base, ten checkpoints

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from analyze import warn
+from tools.analyze import warn
 
 NEEDED = {"step", "stage", "prompt", "response", "prompt_id", "group", "parent", "t_star", "candidates", "prompt_ids",
           "prefix_ids", "response_ids", "logp", "entropy", "reward", "correct", "advantage", "answer", "finish"}
@@ -117,7 +117,7 @@ def score(group, model, temperature):
     import torch
     from transformers import AutoTokenizer
 
-    from policy import load_lm
+    from lib.policy import load_lm
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lm = load_lm(model, "auto", "sdpa").to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)

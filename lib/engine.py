@@ -1,0 +1,263 @@
+"""The engines that generate: token ids in, token ids and log-probs out.
+
+Both have generate(prompts, n, sampling, seeds), sleep(), wake() and sync(named full tensors).
+Symbols: B prompts · n samples a prompt · L new tokens at most · V vocabulary.
+"""
+
+import hashlib
+import importlib.util
+import os
+import random
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from lib.memory import engine_share
+from lib.policy import compute_dtype, load_hf_config, load_lm
+
+
+def request_seed(*parts):
+    """One seed a request, hash(seed, stage, step, prompt id, parent or -1), in [0, 2^62); sample i of it uses seed + i.
+    Noise therefore depends on what is sampled, never on rank, batch or order."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 2
+
+
+class Sampling(NamedTuple):
+    max_tokens: int
+    temperature: float = 1.0  # 0 = greedy
+    top_p: float = 1.0
+
+
+class Completion(NamedTuple):
+    ids: list  # (T,) int
+    logp: np.ndarray  # (T,) float32
+    finish: str  # stop | length
+
+
+class TorchEngine:
+    """Plain transformers decoding with a KV cache: the CPU default, the version to read, and the oracle for vLLM.
+
+    It owns an unsharded copy of the model, so that it goes stale without sync() exactly as vLLM would."""
+
+    def __init__(self, cfg, path, device, dtype, stop_ids):
+        self.model = load_lm(path, dtype, "sdpa").to(device).eval()
+        self.device, self.rows, self.ready = device, cfg.engine_rows, False
+        self.stop = torch.tensor(sorted(stop_ids), device=device)
+
+    def sleep(self):
+        """Free what can be freed while the trainer works (here: nothing), and refuse to generate until sync()."""
+        self.ready = False
+
+    def wake(self):
+        """Make room for weights again."""
+
+    @torch.no_grad()
+    def sync(self, named):
+        """Copy every parameter from (HF name, full tensor) pairs. A missing one: AssertionError; an unknown one: KeyError."""
+        self.ready = False
+        params = dict(self.model.named_parameters())
+        for name, full in named:
+            params.pop(name).copy_(full)
+        assert not params, f"weights never synced to the engine: {sorted(params)[:5]}"
+        self.ready = True
+
+    @torch.no_grad()
+    def generate(self, prompts, n, sampling, seeds):
+        """n completions of each prompt (lists of token ids) -> [[Completion] * n] in the prompts' order.
+
+        seeds: one int a prompt; sample i draws its whole noise from its own generator seeded seeds[p] + i, one uniform
+        number a token, so a sample does not depend on what else is in the batch (up to the last bits of float sums)."""
+        assert self.ready, "generate() on an engine that was not synced since it slept"
+        out = [None] * len(prompts)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # equal lengths together: little padding
+        size = max(1, self.rows // n)
+        for a in range(0, len(order), size):
+            batch = order[a : a + size]
+            done = self._decode([prompts[i] for i in batch], n, sampling, [seeds[i] for i in batch])
+            for j, i in enumerate(batch):
+                out[i] = done[j * n : (j + 1) * n]
+        return out
+
+    def _decode(self, prompts, n, sampling, seeds):
+        from transformers import DynamicCache
+
+        B, width, L = len(prompts), max(map(len, prompts)), sampling.max_tokens
+        ids = torch.zeros(B, width, dtype=torch.long, device=self.device)
+        mask = torch.zeros_like(ids)  # prompts are left-padded
+        for row, p in enumerate(prompts):
+            ids[row, width - len(p) :] = torch.tensor(p, device=self.device)
+            mask[row, width - len(p) :] = 1
+        noise = [torch.rand(L, generator=torch.Generator().manual_seed(s + i), dtype=torch.float64)
+                 for s in seeds for i in range(n)]  # fmt: skip
+        noise = torch.stack(noise).to(self.device)  # (B n, L)
+
+        cache = DynamicCache(config=self.model.config)
+        pos = (mask.cumsum(-1) - 1).clamp(min=0)
+        logits = self._forward(ids, mask, pos, cache)
+        cache.batch_repeat_interleave(n)  # the prompt is read once, its n samples continue from copies of the cache
+        logits, mask = logits.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
+        pos = mask.sum(-1, keepdim=True)  # (B n, 1): position of the token about to be sampled
+
+        tokens = torch.zeros(B * n, L, dtype=torch.long, device=self.device)
+        logps = torch.zeros(B * n, L, device=self.device)
+        length = torch.zeros(B * n, dtype=torch.long, device=self.device)
+        stopped = torch.zeros(B * n, dtype=torch.bool, device=self.device)
+        alive = torch.arange(B * n, device=self.device)  # rows still decoding; finished ones leave the batch
+        for t in range(L):
+            token, logp = draw(logits, noise[alive, t], sampling)
+            tokens[alive, t], logps[alive, t], length[alive] = token, logp, t + 1
+            stop = torch.isin(token, self.stop)
+            stopped[alive] = stop
+            if t + 1 == L or bool(stop.all()):
+                break
+            if bool(stop.any()):
+                on = (~stop).nonzero()[:, 0]
+                cache.batch_select_indices(on)
+                alive, token, mask, pos = alive[on], token[on], mask[on], pos[on]
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+            logits = self._forward(token[:, None], mask, pos, cache)
+            pos = pos + 1
+        tokens, logps, length, stopped = tokens.tolist(), logps.cpu().numpy(), length.tolist(), stopped.tolist()
+        return [
+            Completion(tokens[i][:k], logps[i, :k].copy(), "stop" if stopped[i] else "length")
+            for i, k in enumerate(length)
+        ]
+
+    def _forward(self, ids, mask, pos, cache):
+        out = self.model(
+            input_ids=ids, attention_mask=mask, position_ids=pos, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        return out.logits[:, -1].float()  # (B, V)
+
+
+def draw(logits, u, sampling):
+    """Sample by inverse CDF: logits (B, V) fp32, u (B,) uniform float64 -> token (B,), its log-prob (B,) under the
+    distribution sampled from (temperature and top_p applied, renormalised). temperature 0: argmax, log-prob at T = 1."""
+    if sampling.temperature == 0:
+        logq = logits.log_softmax(-1)
+        token = logits.argmax(-1)
+        return token, logq.gather(-1, token[:, None])[:, 0]
+    logq = (logits / sampling.temperature).log_softmax(-1)
+    if sampling.top_p < 1:
+        p, index = logq.exp().sort(dim=-1, descending=True, stable=True)
+        drop = p.cumsum(-1) - p >= sampling.top_p  # the token that crosses top_p stays
+        logq = logq.masked_fill(torch.zeros_like(drop).scatter(-1, index, drop), float("-inf")).log_softmax(-1)
+    cdf = logq.double().exp().cumsum(-1)  # float64: in fp32 a cumsum over 150k entries loses the small ones
+    token = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    return token, logq.gather(-1, token[:, None])[:, 0]
+
+
+class VLLMEngine:
+    """One vLLM engine inside each torchrun rank, tensor-parallel size 1, asleep (level 2: no weights, no KV) in updates.
+
+    Its weights only ever come from sync() (load_format="dummy"), so an unsynced parameter cannot hide. Constructing it is
+    a collective, after init_process_group and before the trainer's model (vLLM measures free memory)."""
+
+    def __init__(self, cfg, path, device, dtype, stop_ids, max_model_len, utilization=None):
+        cuda = device.type == "cuda"
+        # external_launcher wants the engine in this process; its other two settings only keep stderr readable
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        if not cuda:
+            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # else the first log-prob compiles a helper for seconds
+        try:
+            from vllm import LLM, SamplingParams
+        except ImportError as e:
+            raise ValueError(f"engine=vllm: vllm cannot be imported here ({e}): use engine=torch, or install it") from e
+        if not cuda:  # keep Linear weights as plain tensors: oneDNN's packed copies would go stale (CPU only)
+            import vllm._custom_ops as ops
+
+            ops._supports_onednn = False
+        self.params_class, self.stop, self.ready = SamplingParams, sorted(stop_ids), False
+        where = {"gpu_memory_utilization": utilization, "hf_overrides": {"head_dtype": "float32"}}
+        if not cuda:  # a prompt prefilled in pieces would rewind its request's generator, which a CPU generator cannot do
+            where = {"kv_cache_memory_bytes": cfg.engine_kv_mib << 20, "enforce_eager": True, "max_num_seqs": 64,
+                     "enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, max_model_len)}  # fmt: skip
+        threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+        rng = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        try:
+            self.llm = LLM(
+                model=path, dtype=str(dtype).removeprefix("torch."), seed=cfg.seed + dist.get_rank(),
+                tensor_parallel_size=1, distributed_executor_backend="external_launcher", load_format="dummy",
+                enable_sleep_mode=cuda, max_model_len=max_model_len, logprobs_mode="processed_logprobs",
+                generation_config="vllm", enable_prefix_caching=cfg.prefix_caching, disable_log_stats=True, **where,
+            )  # fmt: skip
+        except (ValueError, RuntimeError, OSError) as e:
+            raise ValueError(f"engine=vllm: vLLM cannot serve model {path!r}: {str(e).strip().splitlines()[0]}") from e
+        # LLM() reseeds python, numpy and torch and resets matmul precision and threads: give the trainer its own back
+        random.setstate(rng[0]), np.random.set_state(rng[1]), torch.set_rng_state(rng[2])
+        torch.set_float32_matmul_precision(precision)
+        torch.set_num_threads(threads)
+        self.asleep = False
+        self.sleep()
+
+    def sleep(self):
+        """Give weights and KV cache back to the GPU (on CPU vLLM only changes its state, so the order is tested there)."""
+        self.ready = False
+        if not self.asleep:
+            self.llm.sleep(level=2)
+        self.asleep = True
+
+    def wake(self):
+        """Allocate the weights again. They are noise until sync()."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.llm.wake_up(tags=["weights"])
+        self.asleep = False
+
+    def sync(self, named):
+        """Load (HF name, full tensor) pairs one at a time, check that every engine parameter came, wake the KV cache."""
+        model = self.llm.llm_engine.model_executor.driver_worker.model_runner.model
+        loaded = model.load_weights(named)
+        missing = {n for n, _ in model.named_parameters()} - set(loaded)
+        assert not missing, f"weights never synced to the engine: {sorted(missing)[:5]}"
+        self.llm.wake_up(tags=["kv_cache"])  # generate() before this would wait for ever
+        assert self.llm.reset_prefix_cache(), "the prefix cache of the old weights could not be cleared"
+        self.ready = True
+
+    def generate(self, prompts, n, sampling, seeds):
+        """See TorchEngine.generate. One request a prompt with n samples: vLLM seeds sample i with seed + i, too, and the
+        prompt (a branch point, say) is prefilled once."""
+        assert self.ready and not self.llm.llm_engine.is_sleeping(), "generate() on an engine that is asleep or not synced"
+        params = [
+            self.params_class(
+                n=n, temperature=sampling.temperature, top_p=sampling.top_p, top_k=0, max_tokens=sampling.max_tokens,
+                logprobs=0, detokenize=False, stop_token_ids=self.stop, ignore_eos=True, seed=s,
+            )
+            for s in seeds
+        ]  # fmt: skip
+        outs = self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+        assert len(outs) == len(prompts) and all(len(o.outputs) == n for o in outs), "vLLM returned another number of outputs"
+        return [
+            [
+                Completion(
+                    list(c.token_ids),
+                    np.array([d[t].logprob for t, d in zip(c.token_ids, c.logprobs, strict=True)], np.float32),
+                    c.finish_reason,
+                )
+                for c in sorted(o.outputs, key=lambda c: c.index)
+            ]
+            for o in outs
+        ]
+
+
+def make_engine(run, path, stop_ids, trainer=True):
+    """The rollout engine all stages share: one a rank, on CUDA with the memory that the trainer, if any, leaves."""
+    cfg = run.stages[0][1]
+    kind = cfg.engine
+    if kind == "auto":
+        kind = "vllm" if run.device.type == "cuda" and importlib.util.find_spec("vllm") else "torch"
+    dtype = compute_dtype(cfg, run.device)
+    if kind == "torch":
+        return TorchEngine(cfg, path, run.device, dtype, stop_ids)
+    longest = max(c.max_prompt_tokens + c.max_response_tokens for _, c in run.stages)
+    share = None
+    if run.device.type == "cuda" and not trainer:
+        share = cfg.gpu_memory_utilization or 0.9  # vLLM's own default
+    elif run.device.type == "cuda":
+        widest = max((c for _, c in run.stages), key=lambda c: c.max_prompt_tokens + c.max_response_tokens)
+        share, report = engine_share(widest, load_hf_config(path), run.world, torch.cuda.mem_get_info()[1])
+        run.print(report)
+    return VLLMEngine(cfg, path, run.device, dtype, stop_ids, longest, share)

@@ -1,0 +1,106 @@
+"""The process group: its start and end, and the few collectives on Python objects that everything else is made of."""
+
+import contextlib
+import datetime
+import os
+import sys
+import time
+import traceback
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+
+def init_distributed():
+    """Process group for `python` (a world of one, no port opened) and `torchrun` alike -> (rank, world, device)."""
+    rank, local = int(os.environ.setdefault("RANK", "0")), int(os.environ.setdefault("LOCAL_RANK", "0"))
+    world = int(os.environ.setdefault("WORLD_SIZE", "1"))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        # one rank may wait long for another: verifiers, a long rollout, the toy's base model being made
+        wait = datetime.timedelta(hours=2)
+        backend = "nccl" if cuda else "gloo"
+        store = {} if "MASTER_ADDR" in os.environ else {"store": dist.HashStore(), "rank": rank, "world_size": world}
+        dist.init_process_group(backend, timeout=wait, **store)
+    return rank, world, device
+
+
+def leave(main, *args):
+    """Run a script's main() and exit with its code. With torch 2.13 gloo's threads outlive destroy_process_group (DTensor's
+    caches hold the mesh, the mesh holds the group), and one that wants the GIL while the interpreter shuts down takes the
+    process with it (`terminate called without an active exception`: 2 of about 180 ranks whose work was done). So ranks on
+    the CPU skip that shutdown."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or torch.cuda.is_available():
+        sys.exit(main(*args))
+    try:
+        code = main(*args)
+    except SystemExit as e:
+        code = e.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
+
+
+@contextlib.contextmanager
+def timed(metrics, name):
+    """Add the seconds of the block to metrics["timing_s/<name>"], the accelerator's queue drained at both ends."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    key = f"timing_s/{name}"
+    metrics[key] = metrics.get(key, 0.0) + time.perf_counter() - start
+
+
+def gather(items):
+    """Every rank's list -> one list, the same on every rank, in rank order. A collective."""
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, items)
+    return [x for part in parts for x in part]
+
+
+def everywhere(do, error=RuntimeError):
+    """do() on this rank (None: nothing to do here), then a word with the others: if it failed on any rank, `error` with
+    the reasons on all of them. Without it the rank with the full disk ends and the others wait for it in the next
+    collective. A collective itself."""
+    failed, cause = [], None
+    try:
+        if do:
+            do()
+    except (Exception, CheckpointException) as e:  # CheckpointException is torch's, and no Exception
+        failed, cause = reasons(e), e
+    if failed := gather(failed):
+        raise error("; ".join(dict.fromkeys(failed))) from cause
+
+
+def reasons(e):
+    """An exception in one line; of torch's checkpoint exception, which brings every rank's traceback, only the causes."""
+    causes = [c for c, _ in e.failures.values()] if isinstance(e, CheckpointException) else [e]
+    return [" ".join(str(c).split()) if isinstance(c, ValueError) else f"{type(c).__name__}: {c}".rstrip() for c in causes]
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """Around all that reads what a user gave: a ValueError becomes one line, exit code 2."""
+    try:
+        yield
+    except ValueError as e:
+        rank = os.environ.get("RANK", "0")
+        print(("" if rank == "0" else f"[rank {rank}] ") + f"error: {e}", file=sys.stderr)
+        raise SystemExit(2) from e
+
+
+def end_group(run):
+    """End the process group, all ranks together."""
+    dist.barrier()
+    if "vllm" not in sys.modules:  # with vLLM in the process its own finalizer tears the group down
+        dist.destroy_process_group()

@@ -1,0 +1,1 @@
+"""Instruments: `python -m tools.NAME`. Nothing stands on them."""
