@@ -1,12 +1,11 @@
-"""Accuracy as the papers report it: avg@k with its standard error, unbiased pass@k, maj@k, length, truncation, grader counts.
+"""Accuracy as the papers report it: avg@k with its standard error, unbiased pass@k, maj@k, length, grader counts.
 
-    python eval.py model=DIR_OR_HUB_ID benchmarks=aime24,math500:FILE.jsonl,OTHER.parquet preset=cure    # hub, or local files
-    torchrun --nproc_per_node 8 eval.py model=… benchmarks=aime24,aime25,amc23,math500,minerva,olympiad preset=dapo eval_n=8
-    python eval.py check benchmarks=minerva:FILE.jsonl     # no model: are gold answers graded right, other answers wrong?
+    python eval.py model=DIR_OR_HUB_ID benchmarks=aime24,math500:FILE.jsonl,OTHER.parquet preset=cure    # hub, or files
+    torchrun --nproc_per_node 8 eval.py model=… benchmarks=aime24,aime25,amc23,math500,minerva,olympiad preset=dapo
 
-Any key of config.py overrides the preset. Results in out_dir: eval.json (every setting, versions, hashes, numbers) and
-samples.jsonl (a line a problem with all its samples). The same command again goes on where an interrupted one stopped.
-`evaluate` is also what py calls while it trains.
+Any setting overrides the preset. Results in out_dir: eval.json (every setting, versions, hashes, numbers) and samples.jsonl
+(a line a problem with all its samples). The same command again goes on where an interrupted one stopped.
+`evaluate` is also what cure.py calls while it trains. Symbols: k samples of n a problem, c of them right.
 """
 
 import hashlib
@@ -24,14 +23,15 @@ from tqdm import tqdm
 
 from lib import toy
 from lib.config import load_config
-from lib.data import BENCHMARKS, find, grader
+from lib.data import BENCHMARKS, find_benchmark, grader
 from lib.engine import Sampling, request_seed
 from lib.files import aligned, read_json, replace_file, sha256
 from lib.policy import compute_dtype
+from lib.pool import unread_golds
 from lib.ranks import end_group, everywhere, gather, leave, one_line_errors, timed
 from lib.run import lock, prepare_run, versions
 from reward import INVALID, normalise
-from rollout import Rollout, score_rollouts
+from rollout import Rollout, grade
 
 # DAPO and 80/20 train with 20480 response tokens; their evaluation length is not published, so it is the same here.
 # micro_batch_tokens: one forward, of the entropy preset alone, must take the longest sequence.
@@ -92,7 +92,7 @@ def sample(cfg, engine, task, prompts, step):
     answers = engine.generate([p.ids for p in prompts], cfg.eval_n, sampling, seeds)
     groups = [[Rollout(p.ids, [], c.ids, prompt_id=p.id, finish=c.finish) for c in outs]
               for p, outs in zip(prompts, answers, strict=True)]  # fmt: skip
-    score_rollouts(cfg, task, sum(groups, []), {"reward": {}})
+    grade(cfg, task, sum(groups, []))
     return [
         {"id": p.id, "prompt": p.text, "gold": p.answer,
          "samples": [{"correct": r.correct, "answer": r.answer, "finish": r.finish, "text": r.text, "ids": r.response_ids}
@@ -147,7 +147,7 @@ def entropies(cfg, policy, task, rows, regions=None):
     return {f"eval/entropy{name}": a / max(1, b) for name, (a, b) in sums.items()}
 
 
-# ------------------------------------------------------------------------------------------- benchmarks, presets, gold check
+# ------------------------------------------------------------------------------------------------- benchmarks and presets
 def benchmark_stages(argv):
     """Command line -> ([(benchmark's name, its Config)], preset). Precedence: defaults < file < preset < command line."""
     own = dict(a.split("=", 1) for a in argv if a.startswith(("benchmarks=", "preset=")))
@@ -158,41 +158,33 @@ def benchmark_stages(argv):
     base = [f"{k}={v}" for k, v in PRESETS.get(preset, {}).items()]
     given = {a.split("=")[0] for a in argv}
     first = load_config([*base, *argv], usage=__doc__)[0][1]
-    if first.dry_run:
-        raise ValueError("dry_run: only cure.py has a plan")
     items = own.get("benchmarks") or first.eval_data
     if not items:
         raise ValueError("benchmarks: nothing to evaluate on")
     stages = {}
     for item in items.split(","):
-        name, _ = find(item)
+        name, _ = find_benchmark(item)
         n = [f"eval_n={BENCHMARKS[name].n}"] if preset and name in BENCHMARKS else []
         cfg = load_config([*n, *base, *argv])[0][1]
         cfg.name, cfg.eval_data = name, item
         cfg.verifier = cfg.verifier if "verifier" in given else grader(item, cfg.template) or cfg.verifier
         if "out_dir" not in given:
-            cfg.out_dir = "runs/eval/" + re.sub(r"[^\w.-]+", "-", f"{cfg.init_from or cfg.model}-{preset}".strip("./-"))
+            cfg.out_dir = "runs/eval/" + re.sub(r"[^\w.-]+", "-", f"{cfg.model}-{preset}".strip("./-"))
         if name in stages:
             raise ValueError(f"benchmarks: two are called {name!r}")
         stages[name] = cfg
     return list(stages.items()), preset
 
 
-def unread_golds(golds, pool):
-    """Those of the (row, gold) that math-verify cannot read as mathematics: answers are compared with them as text."""
-    # nothing equals an empty gold: no answer is left exactly where \boxed{gold} has no expression
-    verdicts, _ = pool.score_all([(rf"\boxed{{{gold}}}", "") for _, gold in golds], "math_verify")
-    return [g for g, v in zip(golds, verdicts, strict=True) if v[2] == INVALID]
-
-
 # ------------------------------------------------------------------------------------------------------------- the script
 def results_table(results):
-    """One line a benchmark, then the mean of their avg@n. results: {name: numbers}, None for a number that does not exist."""
+    """One line a benchmark, then the mean of their avg@n. results: {name: numbers}, None for a number there is not."""
     ks = sorted({int(k.split("@")[1]) for r in results.values() for k in r if k.startswith("eval/pass@")} - {1})
     columns = {"problems": ("problems", ".0f"), "n": ("n", ".0f"), "avg@n": ("avg", ".3f"), "±": ("eval/stderr", ".3f"),
-               **{f"pass@{k}": (f"eval/pass@{k}", ".3f") for k in ks}, "maj@n": ("maj", ".3f"), "length": ("eval/length", ".1f"),
-               "truncated": ("eval/truncated", ".3f"), "no answer": ("eval/parse_fail", ".0f"),
-               "timeout": ("eval/timeout", ".0f"), "crash": ("eval/crash", ".0f")}  # fmt: skip
+               **{f"pass@{k}": (f"eval/pass@{k}", ".3f") for k in ks}, "maj@n": ("maj", ".3f"),
+               "length": ("eval/length", ".1f"), "truncated": ("eval/truncated", ".3f"),
+               "no answer": ("eval/parse_fail", ".0f"), "timeout": ("eval/timeout", ".0f"),
+               "crash": ("eval/crash", ".0f")}  # fmt: skip
     if any("eval/entropy" in r for r in results.values()):
         columns["entropy"] = ("eval/entropy", ".3f")
     lines, means = [["benchmark", *columns]], []
@@ -213,8 +205,8 @@ def model_hash(path):
     return hashlib.sha256("".join(f"{sha256(f'{path}/{f}')}  {f}\n" for f in files).encode()).hexdigest()
 
 
-def begin(run, report):
-    """Rank 0: lock out_dir, refuse what was begun with other settings, cut a torn last line off -> the rows of samples.jsonl.
+def open_results(run, report):
+    """Rank 0: lock out_dir, refuse what was begun with other settings, cut a torn last line off -> rows of samples.jsonl.
     `report` takes over what eval.json holds of other benchmarks. ValueError names the key."""
     lock(run)
     report["model_sha256"] = model_hash(run.path)
@@ -222,12 +214,13 @@ def begin(run, report):
     if os.path.exists(path) and not old:
         raise ValueError(f"out_dir: {run.out} holds the samples.jsonl of something else")
     if old and old["model_sha256"] != report["model_sha256"]:
-        raise ValueError(f"model: the evaluation in {run.out} is of other weights ({old['model']}); another out_dir begins anew")
+        raise ValueError(f"model: the evaluation in {run.out} is of other weights ({old['model']}); "
+                         "another out_dir begins anew")  # fmt: skip
     for name in report["settings"].keys() & old.get("settings", {}).keys():
         now, then = (r["settings"][name] for r in (report, old))
         for k in [k for k in now if now[k] != then.get(k)]:
-            raise ValueError(f"{k.removesuffix('_sha256')}: {name} in {run.out} was begun with {then.get(k)!r}, not {now[k]!r}; "
-                             "another out_dir begins anew")  # fmt: skip
+            raise ValueError(f"{k.removesuffix('_sha256')}: {name} in {run.out} was begun with {then.get(k)!r}, "
+                             f"not {now[k]!r}; another out_dir begins anew")  # fmt: skip
     report["settings"], report["results"] = (old.get(k, {}) | report[k] for k in ("settings", "results"))
     replace_file(f"{run.out}/eval.json", json.dumps(report, indent=1))
     raw = open(path, "rb").read() if os.path.exists(path) else b""
@@ -242,10 +235,10 @@ def begin(run, report):
     return rows
 
 
-def start(argv):
+def set_up(argv):
     """Command line -> (run with model and engine, contents of eval.json, rows that samples.jsonl has). A collective."""
     stages, preset = benchmark_stages(argv)
-    run = prepare_run(stages, train=False, trainer=preset == "entropy")
+    run = prepare_run(stages, train=False, trainer=preset == "entropy", files=False)
     report = {"model": run.path, "model_sha256": "", "preset": preset, "versions": versions(run)}
     report |= {"settings": {}, "results": {}}
     for name, cfg in run.stages:
@@ -266,14 +259,14 @@ def start(argv):
         if cfg.verifier == "math_verify":
             everywhere(list_unread if run.rank == 0 else None)
     rows = []
-    everywhere((lambda: rows.extend(begin(run, report))) if run.rank == 0 else None, ValueError)
+    everywhere((lambda: rows.extend(open_results(run, report))) if run.rank == 0 else None, ValueError)
     return run, report, gather(rows)
 
 
 def main(argv):
-    """Evaluate `model` on `benchmarks`, or `check` the graders."""
+    """Evaluate `model` on `benchmarks`."""
     with one_line_errors():
-        run, report, saved = start(argv)
+        run, report, saved = set_up(argv)
     run.refresh()
     results, rows = {}, {name: [r for r in saved if r["benchmark"] == name] for name, _ in run.stages}
     for name, cfg in run.stages:
@@ -290,10 +283,10 @@ def main(argv):
     if run.policy:
         run.engine.sleep()
         for name, cfg in run.stages:
-            regions = toy.toy_regions if cfg.eval_data.startswith(cfg.toy_dir) else None
+            regions = toy.toy_regions if cfg.eval_data.startswith(toy.FOLDER) else None
             results[name] |= entropies(cfg, run.policy, run.heldout[name], rows[name], regions)
     if run.rank == 0:
-        results = {name: {k: None if v != v else v for k, v in r.items()} for name, r in results.items()}  # no NaN in JSON
+        results = {b: {k: None if v != v else v for k, v in r.items()} for b, r in results.items()}  # JSON has no NaN
         print(results_table(results))
         report["results"] |= results
     text = json.dumps(report, indent=1)

@@ -1,19 +1,22 @@
-"""The numbers that train the policy. Tensors in, tensors out: no config, no distributed, no logging, nothing of ours imported.
+"""The numbers that train the policy. Tensors in, tensors out: no config, no distributed, no logging, nothing of ours.
 
 Symbols: N rollouts · T response tokens of a micro-batch, packed one rollout after the other · V vocabulary · D width.
-Papers: DAPO = arXiv 2503.14476, 80/20 = arXiv 2506.01939, CURE = arXiv 2508.11016, TIS = F. Yao et al. 2025,
-Clip-Cov and KL-Cov = G. Cui et al., arXiv 2505.22617.
+Papers: DAPO = arXiv 2503.14476, 80/20 = arXiv 2506.01939, CURE = arXiv 2508.11016, TIS = F. Yao et al. 2025.
+Three of these functions are hooks: a file of methods/ may replace group_advantages, policy_loss and token_mask.
 """
 
 import math
 
 import torch
 
+HEAD_CHUNK = 1024  # tokens whose logits exist at one time: 0.6 GB in fp32 at V = 152k
 
-# ---------------------------------------------------------------------------------------------------------------- the head
+
+# ---------------------------------------------------------------------------------------------------------- the head
 def _logits(hidden, weight, temperature):
-    """(C, D), (V, D) -> (C, V) in fp32. bf16 logits are off by up to 0.06 nats at |z| ~ 20 (8 bits of mantissa), which is
-    more than a typical policy ratio moves in one step: multiply in bf16 if we must, but accumulate *and keep* fp32."""
+    """(C, D), (V, D) -> (C, V) in fp32."""
+    # bf16 logits are off by up to 0.06 nats at |z| ~ 20 (8 bits of mantissa). That is more than a typical policy ratio
+    # moves in one step. So I multiply in bf16 if I must, but accumulate *and keep* fp32.
     if hidden.is_cuda and hidden.dtype == torch.bfloat16:
         z = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
     else:
@@ -23,8 +26,8 @@ def _logits(hidden, weight, temperature):
 
 class _ChunkedHead(torch.autograd.Function):
     """Log-prob and entropy without ever holding a (T, V) tensor: at T = 16k, V = 152k that one tensor would be 10 GB,
-    and autograd would keep several. Each chunk's logits are made, reduced and dropped; backward makes them again
-    (4 head products instead of 3)."""
+    and autograd would keep several. Each chunk's logits are made, reduced and dropped. Backward makes them again, which
+    costs 4 head products instead of 3."""
 
     @staticmethod
     def forward(ctx, hidden, weight, tokens, temperature, chunk):
@@ -41,12 +44,12 @@ class _ChunkedHead(torch.autograd.Function):
             entropy[s] = -(z.exp() * z).nan_to_num_(nan=0.0).sum(-1) + 0.0 * lse[s]  # a nan in the logits stays a nan
         ctx.save_for_backward(hidden, weight, tokens, lse, entropy)
         ctx.temperature, ctx.chunk = temperature, chunk
-        ctx.set_materialize_grads(False)  # entropy is usually not differentiated: then its gradient is None, and free
+        ctx.set_materialize_grads(False)  # entropy is seldom differentiated: then its gradient is None, and free
         return logp, entropy
 
     @staticmethod
     def backward(ctx, g_logp, g_entropy):
-        """From gradients (T,) of both outputs, None where there is none, to those of hidden (T, D) and weight (V, D)."""
+        """From gradients (T,) of both outputs, None where there is none, to those of hidden (T, D), weight (V, D)."""
         hidden, weight, tokens, lse, entropy = ctx.saved_tensors
         if g_logp is None and g_entropy is None:
             return None, None, None, None, None
@@ -68,59 +71,64 @@ class _ChunkedHead(torch.autograd.Function):
         return d_hidden, d_weight.to(weight.dtype), None, None, None
 
 
-def logp_and_entropy(hidden, weight, tokens, temperature=1.0, chunk=1024):
+def logp_and_entropy(hidden, weight, tokens, temperature=1.0, chunk=HEAD_CHUNK):
     """Log-probability of each sampled token, and entropy of the distribution it was drawn from (80/20 eq. 1).
 
-    hidden (T, D): last hidden states at the positions that *produced* the tokens (the shift is the caller's: policy.pack).
-    weight (V, D): the LM head. tokens (T,) int64. temperature: the sampling temperature; logits are divided by it.
-    Returns logp (T,), entropy (T,), nats, fp32 whatever the input dtype. Differentiable in hidden and weight through both;
-    chunk rows of logits live at a time, forward and backward."""
+    hidden (T, D): last hidden states at the positions that *produced* the tokens; the shift is made in policy.pack.
+    weight (V, D): the LM head. tokens (T,) int64. temperature: of sampling; the logits are divided by it.
+    Returns logp (T,), entropy (T,), nats, fp32 whatever the input dtype, differentiable in hidden and weight. Only
+    `chunk` rows of logits live at a time, forward and backward. ValueError: temperature <= 0."""
     if temperature <= 0:
         raise ValueError(f"temperature must be > 0 to score tokens, got {temperature}")
     return _ChunkedHead.apply(hidden, weight, tokens, float(temperature), chunk)
 
 
-# ------------------------------------------------------------------------------------------------------ advantage and loss
-def group_advantages(scores, group):
+# ------------------------------------------------------------------------------------------------ advantage and loss
+def group_advantages(scores, groups, parents=None):
     """A = (s - mean) / (std + 1e-6) over each group of rollouts of one prompt, std with n - 1 (GRPO; DAPO eq. 9).
 
-    scores (N,) float, group (N,) any integers; returns (N,) fp32. A group of one has nothing to be compared with: A = 0."""
+    scores (N,) float, groups (N,) any integers, parents (N,): of a branch the index of its base rollout among its
+    group's n1, else -1; not used here. Returns (N,) fp32."""
     s = scores.double()
-    _, g = torch.unique(group, return_inverse=True)
+    _, g = torch.unique(groups, return_inverse=True)
     n = torch.bincount(g).double()  # (groups,)
     mean = torch.bincount(g, weights=s) / n
     dev = s - mean[g]
+    # a group of one has nothing to be compared with: its dev is 0, so A = 0 whatever we divide by
     std = (torch.bincount(g, weights=dev * dev) / (n - 1).clamp(min=1)).sqrt()
     return (dev / (std[g] + 1e-6)).float()
 
 
-def policy_loss(logp, old_logp, advantage, clip_low=0.2, clip_high=0.28, clip_dual=10.0):
+def policy_loss(logp, old_logp, advantage, entropy=None, rows=None, clip_low=0.2, clip_high=0.28, *, clip_dual=10.0):
     """PPO-clip loss of each token with DAPO's wider upper bound, and the dual clip for A < 0 (arXiv 1912.09729).  (DAPO-1)
 
-    logp, old_logp, advantage (T,) fp32. Returns the loss (T,), to be minimised, and a dict of per-token bools
-    clipped_low / clipped_high (the clipped branch is the active one, so the token's gradient is 0) and clipped_dual."""
+    logp, old_logp, advantage (T,) fp32. entropy (T,) and rows, the micro-batch's rollouts, are for methods that use
+    them. Returns the loss (T,), to be minimised, and a dict of numbers or bools (T,) that are logged as actor/NAME,
+    token means: pg_clipfrac (the clipped branch is the active one, so the token has no gradient), pg_clipfrac_high
+    (of those, the ones with A > 0), pg_clipfrac_lower (the dual clip)."""
     log_ratio = (logp - old_logp).clamp(-20, 20)  # exp(20) = 5e8 is far outside every clip, and finite
     ratio = log_ratio.exp()
     plain = -advantage * ratio
     clipped = -advantage * ratio.clamp(1 - clip_low, 1 + clip_high)
     loss = torch.maximum(plain, clipped)
+    # For A < 0 the maximum has no upper bound: a token that became 20 times likelier would cost 20 |A|.
     dual = -advantage * clip_dual
     is_dual = (advantage < 0) & (loss > dual)
     active = clipped > plain
-    flags = {"clipped_low": active & (advantage < 0), "clipped_high": active & (advantage > 0), "clipped_dual": is_dual}
+    flags = {"pg_clipfrac": active, "pg_clipfrac_high": active & (advantage > 0), "pg_clipfrac_lower": is_dual}
     return torch.where(is_dual, dual, loss), flags
 
 
 def token_weights(counts, lengths, agg, n_tokens, n_sequences):
-    """Weight of each token's loss, so that the minibatch loss is a plain sum over tokens, micro-batches and ranks.
+    """Weight of each token's loss, so that the minibatch loss is a plain sum over tokens, micro-batches and ranks.  (DAPO-2)
 
-    lengths (n,): response tokens of the micro-batch's n rollouts; counts (n,): how many of them enter the mean (fewer under
-    an entropy mask). n_tokens, n_sequences: totals of counts and rollouts in the *minibatch over all ranks*, known before
-    the forward, so packing and rank count cannot change the gradient. Returns (sum(lengths),) fp32.  (DAPO-2)
+    lengths (n,): response tokens of the micro-batch's n rollouts. counts (n,): how many of them enter the mean, fewer
+    under an entropy mask. n_tokens, n_sequences: totals of counts and rollouts in the *minibatch over all ranks*, known
+    before the forward, so packing and rank count cannot change the gradient. Returns (sum(lengths),) fp32.
       token:    1 / n_tokens                       one mean over all tokens (DAPO eq. 8)
       sequence: 1 / (count_i * n_sequences)        mean of each response, then of responses (GRPO)
-      micro:    (n / n_sequences) / sum(counts)    the CURE reference: a token mean per micro-batch, weighted by its number
-                                                   of sequences; it changes with packing, hence not our default
+      micro:    (n / n_sequences) / sum(counts)    the CURE reference: a token mean per micro-batch, weighted by its
+                                                   number of sequences. It changes with packing, hence not our default
     """
     if agg == "token":
         per_row = torch.full_like(counts, 1 / max(1, n_tokens), dtype=torch.float32)
@@ -134,21 +142,22 @@ def token_weights(counts, lengths, agg, n_tokens, n_sequences):
     return per_row.repeat_interleave(lengths)
 
 
-# ------------------------------------------------------------------------------------------------------------ entropy mask
+# ------------------------------------------------------------------------------------------------------ entropy mask
 def n_kept(n, rho):
     """How many of n tokens the 80/20 mask keeps: max(1, ceil(rho n)). The round() undoes 0.07 * 100 = 7.000000000000001."""
     return max(1, math.ceil(round(rho * n, 6))) if n else 0
 
 
-def entropy_mask(entropy, rho, side="top", generator=None):
-    """The 80/20 mask (eq. 6): keep exactly max(1, ceil(rho * T)) tokens, those of highest entropy.  (8020-1)
+def token_mask(entropy, rows=None, rho=0.2, side="top", generator=None):
+    """The 80/20 mask (eq. 6): keep the loss of exactly n_kept(T, rho) tokens, those of highest entropy.  (8020-1)
 
-    entropy (T,) -> bool (T,). side: top, bottom (the paper's ablation, with rho .8) or random (its null; needs generator).
-    Exactly k even where entropies tie: of equal ones the lower position is kept."""
+    entropy (T,), nats; rows: the rollouts it belongs to, for methods that use them. side: top, bottom (the paper's
+    ablation, with rho .8) or random (its null, which needs generator). Returns bool (T,). ValueError: another side."""
     T = len(entropy)
     if side == "random":
         order = torch.randperm(T, generator=generator)
     elif side in ("top", "bottom"):
+        # stable, so that exactly k are kept where entropies tie: of equal ones the lower position
         order = torch.argsort(entropy, descending=side == "top", stable=True)
     else:
         raise ValueError(f"entropy_mask_side must be top, bottom or random, got {side!r}")
@@ -157,64 +166,15 @@ def entropy_mask(entropy, rho, side="top", generator=None):
     return keep
 
 
-# ------------------------------------------------------------------------------------------------- variants, off by default
-def token_covariance(logp, advantage):
-    """cov_t = (logp_t - mean logp) (A_t - mean A), Cui et al. eq. 10. Their mean is the covariance of log-prob and advantage, to
-    which the entropy that a step costs is proportional, to first order and for a natural gradient (theorem 2).  (COV-1)
-
-    logp, advantage (N,): of every response token of the minibatch, over all ranks. Returns (N,) fp32, nats, detached."""
-    logp, advantage = logp.detach().double(), advantage.double()
-    return ((logp - logp.mean()) * (advantage - advantage.mean())).float()
-
-
-def n_chosen(n, share):
-    """How many of n tokens Clip-Cov and KL-Cov touch: max(1, int(share n)), their code's number."""
-    return max(1, int(share * n))
-
-
-def clip_cov_tokens(cov, clipped, share, low, high, generator):
-    """Clip-Cov (eq. 11): n_chosen tokens, or all where there are fewer, drawn uniformly of those with low < cov < high that the
-    ratio clip has not cut off already.  (COV-2)
-
-    cov (N,), clipped bool (N,) -> bool (N,). Every token draws a number and the smallest of the eligible win, so that a
-    covariance which rounding moves over a bound changes one choice, where a permutation of the eligible would change all."""
-    draw = torch.rand(len(cov), generator=generator, dtype=torch.float64)
-    eligible = (cov > low) & (cov < high) & ~clipped
-    order = draw.masked_fill(~eligible, math.inf).argsort(stable=True)
-    chosen = torch.zeros_like(clipped)
-    chosen[order[: n_chosen(len(cov), share)]] = True
-    return chosen & eligible
-
-
-def kl_cov_tokens(cov, share):
-    """KL-Cov (eq. 13): the n_chosen tokens of largest covariance, of equal ones the first. (N,) -> bool (N,).  (COV-3)"""
-    chosen = torch.zeros(len(cov), dtype=torch.bool)
-    chosen[cov.argsort(descending=True, stable=True)[: n_chosen(len(cov), share)]] = True
-    return chosen
-
-
-def clip_cov_loss(logp, old_logp, advantage, chosen, clip_low, clip_high):
-    """Clip-Cov (eq. 12): policy_loss without the dual clip, and 0 for the chosen tokens, bool (T,). Returns what that returns."""
-    loss, flags = policy_loss(logp, old_logp, advantage, clip_low, clip_high, clip_dual=math.inf)
-    return loss.masked_fill(chosen, 0.0), flags
-
-
-def kl_cov_loss(logp, old_logp, advantage, chosen, coef):
-    """KL-Cov (eq. 14): -A r without any clip, plus coef |logp - old_logp| for the chosen tokens, bool (T,). Returns what
-    policy_loss returns. The penalty has no gradient where logp = old_logp: in a step's first minibatch it does nothing."""
-    loss, flags = policy_loss(logp, old_logp, advantage, math.inf, math.inf, math.inf)
-    return loss + coef * (logp - old_logp).abs() * chosen, flags
-
-
-# ------------------------------------------------------------------------------------------------------- trainer vs engine
+# ------------------------------------------------------------------------------------------------- trainer vs engine
 def mismatch(logp, engine_logp):
-    """How far the trainer is from the engine that sampled: both (T,). mean |d|, max |d| and the k3 estimate of the KL
-    (mean(e^d - 1 - d) >= 0, d = logp - engine_logp; J. Schulman 2020), as floats."""
+    """How far the trainer is from the engine that sampled. logp, engine_logp (T,), nats -> floats: mean |d|, max |d|, and
+    the k3 estimate of the KL, mean(e^d - 1 - d) >= 0, with d = logp - engine_logp (J. Schulman 2020)."""
     d = (logp - engine_logp).double()
     return {"mean_abs": d.abs().mean().item(), "max_abs": d.abs().max().item(), "k3": (d.expm1() - d).mean().item()}
 
 
 def truncated_importance(old_logp, engine_logp, cap):
-    """Token-level truncated importance weight min(pi_train_old / pi_engine, cap), detached: multiplied into the token's loss
-    it corrects for an engine whose probabilities differ a little from the trainer's (TIS). All (T,)."""
+    """Token-level truncated importance weight min(pi_train_old / pi_engine, cap), detached (TIS). All (T,). Multiplied into
+    a token's loss it corrects for an engine whose probabilities differ a little from the trainer's."""
     return (old_logp - engine_logp).clamp(-20, 20).exp().clamp(max=cap).detach()

@@ -155,7 +155,7 @@ def check_verifier(verifier):
         raise ValueError(f"verifier: unknown {verifier!r}, choose one of {', '.join(VERIFIERS)}")
 
 
-def score(text, gold, verifier="dapo"):
+def verdict(text, gold, verifier="dapo"):
     """The verdict (reward, correct, answer) on one response.
 
     text: the response, never the prompt (whose template contains "Answer: $Answer"). gold: the gold answer as text.
@@ -178,7 +178,7 @@ def score(text, gold, verifier="dapo"):
     return (1.0 if correct else -1.0), correct, answer[:MAX_ANSWER_CHARS]
 
 
-def overlong_penalty(length, max_length, buffer, factor):
+def overlong_penalty(length, max_length, buffer, factor=1.0):
     """What an over-long response is charged, in reward units: 0 up to max_length - buffer tokens, then linearly down to
     -factor at max_length and never below. buffer 0 turns it off. Source: DAPO eq. 13. (DAPO-4)"""
     excess = length - (max_length - buffer)
@@ -217,7 +217,7 @@ def self_test(verifier, pool):
     reward -1 and say nothing. Raises RuntimeError naming a misjudged answer, ValueError for an unknown verifier."""
     check_verifier(verifier)
     cases = SELF_TEST[verifier]
-    verdicts, _ = pool.score_all([(text, gold) for text, gold, _ in cases], verifier)
+    verdicts, _ = pool.verdicts([(text, gold) for text, gold, _ in cases], verifier)
     for (text, gold, expected), (_, correct, answer) in zip(cases, verdicts, strict=True):
         if correct != expected:
             raise RuntimeError(

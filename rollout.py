@@ -1,11 +1,14 @@
-"""Rollouts: two engines that generate, the critical token to branch at, and the rounds of dynamic sampling.
+"""Rollouts: base responses, the critical token in each, the clause before it, branches from there, verdicts.
 
+Read from the bottom up: collect → sample_round → critical_tokens → clause → re-concatenation → grade.
 Symbols: P prompts · n1 base responses a prompt · n2 branches a base response · G = n1 (1 + n2) rollouts a group ·
 N = P G rollouts · T tokens of one response · V vocabulary · t* the position where a branch leaves its parent.
-A base rollout is prompt + response; a branch is prompt + prefix (its parent's response[:t*]) + response (new tokens).
+A base rollout is prompt + response. A branch is prompt + prefix (a clause of its parent's response) + response (new).
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,10 +21,10 @@ from reward import overlong_penalty
 
 @dataclass
 class Rollout:
-    """One trained-on sequence. Ids are lists of int, per-token numbers float32 arrays over the response tokens only."""
+    """One sequence that is trained on. Ids are lists of int, per-token numbers arrays (T,) over the response tokens."""
 
     prompt_ids: list
-    prefix_ids: list  # what a branch inherited: prompt to the loss, part of the response to the verifier  (CURE-4)
+    prefix_ids: list  # a branch's clause: prompt to the loss, part of the response to the verifier  (CURE-4)
     response_ids: list  # (T,) the tokens this rollout sampled, the stop token included
     engine_logp: np.ndarray = None  # (T,) as sampled, at the sampling temperature
     old_logp: np.ndarray = None  # (T,) of the trainer, before this step's first update
@@ -30,22 +33,28 @@ class Rollout:
     prompt_id: int = 0
     seed: int = 0  # of this very sample
     parent: int = -1  # a branch: index of its base rollout among the group's n1; a base rollout: -1
-    t_star: int = -1  # a branch: len(prefix in the parent's response); a base rollout: -1
+    t_star: int | None = None  # a branch: position of its critical token in the parent's response; None: there was none
     h_star: float = float("nan")  # entropy of the parent at t*
     finish: str = ""  # stop | length
     reward: float = 0.0  # verifier's +-1 plus the overlong penalty
     correct: bool = False  # the verifier alone: filtering looks at this
     answer: str = ""  # what the verifier extracted
     advantage: float = 0.0
-    candidates: list = field(default_factory=list)  # a base rollout: the pool its t* was drawn from
+    candidates: list = field(default_factory=list)  # a base rollout: the positions its t* was drawn from
     text: str = ""  # prefix + response, decoded: what the verifier read
+    mask: np.ndarray = None  # (T,) bool, which tokens keep their loss in this minibatch; None: all
+    survey: dict = field(default_factory=dict)  # a method's own (T,) numbers of this minibatch (cure.survey_minibatch)
 
 
-# ------------------------------------------------------------------------------------------------------------- the engines
-# -------------------------------------------------------------------------------------- critical token and re-concatenation
+def token_column(rows, get, device="cpu"):
+    """get(rollout) -> (T,) array, of all rows one after the other: a tensor on `device`, empty where there are no rows."""
+    return torch.from_numpy(np.concatenate([np.empty(0, np.float32), *(get(r) for r in rows)])).to(device)
+
+
+# ------------------------------------------------------------------------------------------ the critical token and the clause
 def allowed_tokens(tokenizer, vocab_size, min_token_chars=2, stop_ids=()):
-    """Which tokens may be critical: bool (V,). Not special or stop ids, not ids beyond the tokenizer (the model's V is often
-    padded), not tokens whose text has fewer than min_token_chars characters once stripped.  (CURE-1)"""
+    """Which tokens may be critical: bool (V,). Not special or stop ids, not ids beyond the tokenizer (the model's V is
+    often padded), not tokens whose text has fewer than min_token_chars characters once stripped.  (CURE-1)"""
     allowed = torch.zeros(vocab_size, dtype=torch.bool)
     n = min(vocab_size, len(tokenizer))
     texts = tokenizer.batch_decode([[i] for i in range(n)])
@@ -55,36 +64,37 @@ def allowed_tokens(tokenizer, vocab_size, min_token_chars=2, stop_ids=()):
     return allowed
 
 
-def critical_candidates(entropy, tokens, allowed, top_k, budget, mode="entropy"):
-    """Positions t* may be drawn from, most uncertain first: int64 (<= top_k,), or all valid ones for mode "random".
+def critical_tokens(rollout, allowed):
+    """Where a branch may leave a response: positions int64, the most uncertain first. A hook for methods.
 
-    Walks the response in descending entropy (equal ones: lower position first) and keeps the first top_k *valid*
-    positions: not 0, token allowed, t <= budget, i.e. prompt + response[:t] still fits the prompt budget.  (CURE-2)"""
-    if mode not in ("entropy", "random", "none"):
-        raise ValueError(f"critical must be entropy, random or none, got {mode!r}")
-    entropy, tokens = torch.as_tensor(entropy), torch.as_tensor(tokens, dtype=torch.long)
-    valid = allowed[tokens].clone()  # (T,)
+    rollout: a graded base rollout with its entropy (T,). allowed: bool (V,), see allowed_tokens."""
+    valid = allowed[torch.tensor(rollout.response_ids)]  # (T,)
+    valid[:1] = False  # a branch at the first token is a plain resample
+    # stable: of equal entropies the lower position first
+    order = torch.argsort(torch.from_numpy(rollout.entropy), descending=True, stable=True)
+    return order[valid[order]]
+
+
+def random_tokens(rollout, allowed):
+    """The ablation critical=random: every position that may be critical, in order."""
+    valid = allowed[torch.tensor(rollout.response_ids)]
     valid[:1] = False
-    valid[max(0, budget + 1) :] = False
-    if mode == "none":
-        return torch.empty(0, dtype=torch.long)
-    if mode == "random":
-        return valid.nonzero()[:, 0]
-    order = torch.argsort(entropy, descending=True, stable=True)
-    return order[valid[order]][:top_k]
+    return valid.nonzero()[:, 0]
 
 
-def pick_critical(entropy, tokens, allowed, top_k, budget, generator, mode="entropy"):
-    """t*: one of critical_candidates, uniformly (CURE, section "critical token"). entropy, tokens (T,), allowed bool (V,),
-    budget = max_prompt_tokens - prompt length. 0, a plain resample of the prompt, where no token is valid or mode is "none"."""
-    pool = critical_candidates(entropy, tokens, allowed, top_k, budget, mode)
-    return int(pool[torch.randint(len(pool), (1,), generator=generator)]) if len(pool) else 0
+def pick_critical(order, top_k, budget, generator):
+    """t* of one response: one of the first top_k positions of `order` that fit, uniformly.  (CURE-2)
+
+    budget = max_prompt_tokens - prompt length. A position beyond it is no candidate: the reference cuts such a prompt at its
+    end, and so branches where nothing is critical. Returns (t* or None, the candidates)."""
+    pool = order[order <= budget][:top_k]
+    return (int(pool[torch.randint(len(pool), (1,), generator=generator)]) if len(pool) else None), pool
 
 
 def clause_start(ids, t_star, tokenizer):
     """Start of the last clause before t*: the position after the previous sentence end (. ! ? before white space) or
-    newline, so that ids[start:t*] is never empty for t* > 0. The literal reading of the paper's "clause"; the reference
-    code, and our default, takes all of ids[:t*]."""
+    newline, so that ids[start:t*] is never empty for t* > 0. This is the literal reading of the paper's "clause"
+    (clause=last). The reference code, and our default, takes all of ids[:t*]."""
     pieces = [tokenizer.decode([i]) for i in ids[: t_star + 1]]
     for i in range(t_star - 2, -1, -1):
         text = pieces[i].rstrip(" ")
@@ -94,15 +104,15 @@ def clause_start(ids, t_star, tokenizer):
     return 0
 
 
-# ---------------------------------------------------------------------------------------------------------------- one round
-def sample_round(cfg, engine, policy, task, step, draw_ids, ordinal, metrics):
-    """One sampling round over this rank's prompts: base responses, entropies, branches, verdicts -> scored rollouts, all
-    members of a group together. draw_ids: indices into task.prompts; ordinal: their places in the step's draw."""
-    sampling = Sampling(cfg.max_response_tokens, cfg.temperature)
-    prompts = [task.prompts[i] for i in draw_ids]
-    stats = metrics["branch"]
+# -------------------------------------------------------------------------------------------------------------- one round
+def sample_round(cfg, engine, policy, task, step, draw_ids, ordinal, counts, clock):
+    """One sampling round over this rank's prompts -> its rollouts, graded, all members of a group together.
 
-    with timed(metrics, "gen_base"):
+    draw_ids: indices into task.prompts; ordinal: their places in the step's draw. counts: a Counter of this rank's
+    verdicts and candidates; clock: seconds by phase. Both are added to."""
+    # First, n1 responses a prompt, as in any such algorithm.
+    prompts, sampling = [task.prompts[i] for i in draw_ids], Sampling(cfg.max_response_tokens, cfg.temperature)
+    with timed(clock, "gen_base"):
         seeds = [request_seed(cfg.seed, task.stage, step, p.id, -1) for p in prompts]
         answers = engine.generate([p.ids for p in prompts], cfg.n1, sampling, seeds)
     base = [
@@ -110,148 +120,167 @@ def sample_round(cfg, engine, policy, task, step, draw_ids, ordinal, metrics):
         for p, g, s, outs in zip(prompts, ordinal, seeds, answers, strict=True)
         for i, c in enumerate(outs)
     ]
-    branches = []
-    if cfg.n2:
-        with timed(metrics, "entropy"):  # of the training model, same weights: exact, free of vLLM's top-k limit  (CURE-5)
-            if cfg.critical != "none":
-                for r, (logp, entropy) in zip(base, policy.score_local(base, cfg.temperature), strict=True):
-                    r.old_logp, r.entropy = logp, entropy
-        refined = []
-        for i, r in enumerate(base):
-            parent = i % cfg.n1
-            budget = cfg.max_prompt_tokens - len(r.prompt_ids)
-            h = r.entropy if r.entropy is not None else np.zeros(len(r.response_ids), np.float32)
-            pool = critical_candidates(h, r.response_ids, task.allowed, cfg.critical_top_k, budget, cfg.critical)
+    with timed(clock, "reward"):  # before branching: a method may branch off wrong responses only
+        counts.update(grade(cfg, task, base))
+
+    # Where did the model hesitate? Its entropies come from a forward of the trained model, which has the same weights: that
+    # is exact, and free of an engine's top-k limit.  (CURE-5)
+    if cfg.n2 and cfg.critical != "none":
+        with timed(clock, "entropy"):
+            for r, (logp, entropy) in zip(base, policy.score_local(base, cfg.temperature), strict=True):
+                r.old_logp, r.entropy = logp, entropy
+
+    branches = sample_branches(cfg, engine, task, step, base, sampling, counts, clock) if cfg.n2 else []
+    with timed(clock, "reward"):
+        counts.update(grade(cfg, task, branches))
+    return sorted(base + branches, key=lambda r: r.group)  # stable: a group's base rollouts come first, in order
+
+
+def sample_branches(cfg, engine, task, step, base, sampling, counts, clock):
+    """CURE's move: cut every base response before its critical token and let the model go on from there, n2 times."""
+    find = random_tokens if cfg.critical == "random" else task.method.critical_tokens
+    cuts, refined, seeds = [], [], []
+    for i, r in enumerate(base):
+        parent, budget, t, h = i % cfg.n1, cfg.max_prompt_tokens - len(r.prompt_ids), None, float("nan")
+        if cfg.critical != "none":
+            order, top_k = find(r, task.allowed), None if cfg.critical == "random" else cfg.critical_top_k
             rng = torch.Generator().manual_seed(request_seed(cfg.seed, task.stage, step, r.prompt_id, parent, "pick"))
-            t = pick_critical(h, r.response_ids, task.allowed, cfg.critical_top_k, budget, rng, cfg.critical)
-            free = critical_candidates(h, r.response_ids, task.allowed, cfg.critical_top_k, len(h), cfg.critical)
-            stats["candidates"] += len(free)
-            stats["over_budget"] += int((free > budget).sum())
-            r.candidates = pool.tolist()
-            a = clause_start(r.response_ids, t, task.tokenizer) if cfg.clause == "last" else 0
-            h_star = float(h[t]) if r.entropy is not None else float("nan")
-            refined.append((r, parent, t, h_star, r.response_ids[a:t]))  # (CURE-3): the critical token itself is dropped
-        with timed(metrics, "gen_branch"):
-            # one request with n2 samples: all branches of a base response leave it at the same t*  (CURE-6)
-            seeds = [request_seed(cfg.seed, task.stage, step, r.prompt_id, parent) for r, parent, *_ in refined]
-            answers = engine.generate([r.prompt_ids + pre for r, _, _, _, pre in refined], cfg.n2, sampling, seeds)
-        branches = [
-            Rollout(r.prompt_ids, pre, c.ids, c.logp, group=r.group, prompt_id=r.prompt_id, seed=s + i, parent=parent,
-                    t_star=t, h_star=h, finish=c.finish)
-            for (r, parent, t, h, pre), s, outs in zip(refined, seeds, answers, strict=True)
-            for i, c in enumerate(outs)
-        ]  # fmt: skip
-    rollouts = sorted(base + branches, key=lambda r: r.group)  # stable: a group's base rollouts come first, in order
-    with timed(metrics, "reward"):
-        score_rollouts(cfg, task, rollouts, metrics)
-    return rollouts
+            t, pool = pick_critical(order, top_k, budget, rng)
+            r.candidates, h = pool.tolist(), float(r.entropy[t]) if t is not None else h
+            counts["candidates"] += len(order[:top_k])
+            counts["over_budget"] += int((order[:top_k] > budget).sum())
+        start = clause_start(r.response_ids, t, task.tokenizer) if t and cfg.clause == "last" else 0
+        clause = r.response_ids[start : t or 0]  # the critical token itself is dropped: it is what is sampled anew
+        refined.append(r.prompt_ids + clause)  # the re-concatenation  (CURE-3)
+        cuts.append((r, parent, t, h, clause))
+        seeds.append(request_seed(cfg.seed, task.stage, step, r.prompt_id, parent))
+    with timed(clock, "gen_branch"):
+        # One request with n2 samples: all branches of a base response leave it at the same t*.  (CURE-6)
+        answers = engine.generate(refined, cfg.n2, sampling, seeds)
+    return [
+        Rollout(r.prompt_ids, clause, c.ids, c.logp, group=r.group, prompt_id=r.prompt_id, seed=s + i, parent=parent,
+                t_star=t, h_star=h, finish=c.finish)
+        for (r, parent, t, h, clause), s, outs in zip(cuts, seeds, answers, strict=True)
+        for i, c in enumerate(outs)
+    ]  # fmt: skip
 
 
-def score_rollouts(cfg, task, rollouts, metrics):
-    """Fill text, reward, correct and answer. The verifier reads the response, prefix included, never the user prompt, whose
-    template may itself contain "Answer: $Answer" (reward_scope: response); overlong shaping by length (DAPO eq. 13)."""
+def grade(cfg, task, rollouts):
+    """Fill text, reward, correct and answer -> the verifier's counts. The verifier reads the response, a branch's prefix
+    included, and never the user prompt, whose template may itself contain "Answer: $Answer" (reward_scope=response)."""
     decode = task.tokenizer.decode  # not batch_decode: of an empty list, on a rank without prompts, it makes [""]
     texts = [decode(r.prefix_ids + r.response_ids, skip_special_tokens=True) for r in rollouts]
     read = texts
-    if cfg.reward_scope == "continuation":  # the reference: an answer already in the prefix is invisible
+    if cfg.reward_scope == "continuation":  # the reference: an answer that is in the prefix already is invisible
         read = [decode(r.response_ids, skip_special_tokens=True) for r in rollouts]
     gold = {p.id: p.answer for p in task.prompts}
-    verdicts, counts = task.verifiers.score_all(
-        [(text, gold[r.prompt_id]) for text, r in zip(read, rollouts, strict=True)], task.verifier or cfg.verifier
-    )
-    for k, v in counts.items():
-        metrics["reward"][k] = metrics["reward"].get(k, 0) + v
+    pairs = [(text, gold[r.prompt_id]) for text, r in zip(read, rollouts, strict=True)]
+    verdicts, counts = task.verifiers.verdicts(pairs, task.verifier or cfg.verifier)
     for r, text, (reward, correct, answer) in zip(rollouts, texts, verdicts, strict=True):
-        length = len(r.response_ids) + (len(r.prefix_ids) if cfg.overlong_scope == "total" else 0)
-        penalty = overlong_penalty(length, cfg.max_response_tokens, cfg.overlong_buffer, cfg.overlong_factor)
+        # A branch pays for the tokens it added, as in the reference: its prefix is its parent's.
+        penalty = overlong_penalty(len(r.response_ids), cfg.max_response_tokens, cfg.overlong_buffer)
         r.text, r.reward, r.correct, r.answer = text, reward + penalty, correct, answer
+    return counts
 
 
-# --------------------------------------------------------------------------------------------------------- dynamic sampling
-SPARE = 8  # dropped groups that are kept at hand, to measure and show something in a step that keeps no group
+# ------------------------------------------------------------------------------------------------------- dynamic sampling
+SPARE = 8  # dropped groups that are kept at hand, to measure and show something in a step that keeps none
 
 
-def collect(cfg, engine, policy, task, step):
-    """Sampling rounds until prompts_per_step groups with both right and wrong answers are kept (DAPO, dynamic sampling).
+class Brief(NamedTuple):
+    """Of every rollout sampled what the log needs; only the rollouts that are trained on travel between ranks."""
 
-    Returns (rollouts of the kept groups in data order, metrics), the same on every rank: each rank samples its share of the
-    prompts, all decisions are made on gathered data. A round is sampled in chunks of prompts_per_chunk and ends with the chunk
-    that fills the step: the groups kept are those of the whole round, the surplus is never sampled. Fewer groups than asked
-    for after max_rounds: trained on, or RuntimeError with on_starved: raise. Metrics: counts over *all* rollouts sampled;
-    key "dropped" holds a few rollouts of dropped groups of the first round, for a step that keeps nothing.  (DAPO-3)"""
-    metrics = {"branch": {"candidates": 0, "over_budget": 0}, "reward": {}}
-    drawn, kept, dropped, seen = [], [], [], []
-    most = cfg.max_rounds * cfg.prompts_per_round
-    while len(drawn) < most and len(kept) < cfg.prompts_per_step:
-        left = cfg.prompts_per_round - len(drawn) % cfg.prompts_per_round  # of this round
-        ids = task.stream.take(min(left, cfg.prompts_per_chunk or left), exclude=set(drawn))
+    length: int
+    correct: bool
+    cut: bool  # at max_response_tokens
+    reward: float
+    parent: int
+    t_star: int | None
+    h_star: float
+    flipped: bool  # a branch whose verdict is not its parent's
+
+
+class Sampled(NamedTuple):
+    """What a step sampled, the same on every rank."""
+
+    kept: list  # rollouts of the groups to train on, in data order
+    spare: list  # rollouts of a few dropped groups
+    briefs: list  # of all rollouts
+    prompts: int  # drawn
+    mixed: int  # groups with right and wrong answers; those beyond prompts_per_step are surplus
+    rounds: int
+    counts: Counter  # verdicts and candidates, over all ranks
+
+
+def collect(cfg, engine, policy, task, step, clock):
+    """Sampling rounds until prompts_per_step groups with both right and wrong answers are there (dynamic sampling). (DAPO-3)
+
+    Every rank samples its share of the prompts; what is decided is decided on gathered data. Fewer groups than asked for
+    after max_rounds, or when the data has no other prompt: returned as they are, or RuntimeError with on_starved=raise."""
+    drawn, kept, dropped, briefs, counts = [], [], [], [], Counter()
+    while len(drawn) < cfg.max_rounds * cfg.prompts_per_round and len(kept) < cfg.prompts_per_step:
+        ids = task.stream.take(cfg.prompts_per_round, exclude=set(drawn))
         if not ids:
             break  # every prompt of the data has been drawn in this step
         mine = range(dist.get_rank(), len(ids), dist.get_world_size())
         ordinal = [len(drawn) + i for i in mine]
-        rollouts = sample_round(cfg, engine, policy, task, step, [ids[i] for i in mine], ordinal, metrics)
+        rollouts = sample_round(cfg, engine, policy, task, step, [ids[i] for i in mine], ordinal, counts, clock)
         drawn += ids
         groups = {}
         for r in rollouts:
             groups.setdefault(r.group, []).append(r)
-        mixed = {g: len({r.correct for r in rs}) == 2 for g, rs in groups.items()}  # std(accuracy) > 0
-        # only what is trained on travels between ranks, and of the rest the numbers for the log
-        everyone = gather([(g, mixed[g], rs if mixed[g] or g < SPARE else [], _brief(rs)) for g, rs in groups.items()])
-        for g, ok, rs, brief in sorted(everyone, key=lambda x: x[0]):
-            assert len(brief) == cfg.group_size, f"group {g} has {len(brief)} rollouts"
-            (kept if ok else dropped).append(rs)
-            seen += brief
+        mixed = {g: len({r.correct for r in rows}) == 2 for g, rows in groups.items()}  # std(accuracy) > 0
+        parts = [(g, mixed[g], rows if mixed[g] or g < SPARE else [], brief(rows)) for g, rows in groups.items()]
+        for g, ok, rows, seen in sorted(gather(parts), key=lambda part: part[0]):
+            assert len(seen) == cfg.group_size, f"group {g} has {len(seen)} rollouts"
+            (kept if ok else dropped).append(rows)
+            briefs += seen
     rounds = -(-len(drawn) // cfg.prompts_per_round)
     if len(kept) < cfg.prompts_per_step and cfg.on_starved == "raise":
         raise RuntimeError(
-            f"step {step}: only {len(kept)} of {cfg.prompts_per_step} groups have both right and wrong answers after {rounds} "
-            "rounds; on_starved: train goes on with what there is, max_rounds or prompts_per_round sample more"
+            f"step {step}: only {len(kept)} of {cfg.prompts_per_step} groups have both right and wrong answers after "
+            f"{rounds} rounds. on_starved=train goes on with what there is, max_rounds or prompts_per_round sample more"
         )
-    metrics["dropped"] = [r for rs in dropped for r in rs]
-    metrics.update(_sampling_metrics(cfg, seen, len(drawn), len(kept), rounds, metrics.pop("branch"), metrics.pop("reward")))
-    return [r for rs in kept[: cfg.prompts_per_step] for r in rs], metrics
+    rows = [r for group in kept[: cfg.prompts_per_step] for r in group]
+    totals = Counter()
+    for part in gather([counts]):
+        totals.update(part)
+    return Sampled(rows, sum(dropped, []), briefs, len(drawn), len(kept), rounds, totals)
 
 
-def _brief(group):
-    """Of each rollout what the log needs: (length, correct, truncated, parent, t*, H at t*, reward, parent correct)."""
+def brief(group):
+    """[Brief] of one group's rollouts."""
     return [
-        (len(r.response_ids), r.correct, r.finish == "length", r.parent, r.t_star, r.h_star, r.reward,
-         group[r.parent].correct if r.parent >= 0 else None)
+        Brief(len(r.response_ids), r.correct, r.finish == "length", r.reward, r.parent, r.t_star, r.h_star,
+              r.parent >= 0 and r.correct != group[r.parent].correct)
         for r in group
     ]  # fmt: skip
 
 
-def _sampling_metrics(cfg, seen, drawn, kept, rounds, branch, reward):
-    """The log's view of all rollouts sampled in a step. `seen`: _brief tuples, gathered; branch and reward: rank-local
-    counters, summed over ranks here."""
-    totals = {}
-    for part in gather([{**branch, **reward}]):
-        for k, v in part.items():
-            totals[k] = totals.get(k, 0) + v
-    length, correct, cut = (np.array([s[i] for s in seen], dtype=float) for i in range(3))
+def sampling_metrics(cfg, sampled):
+    """The log's view of all rollouts that a step sampled, whether kept or not."""
+    rows = sampled.briefs
+    correct, branch = np.array([b.correct for b in rows], float), np.array([b.parent >= 0 for b in rows])
     m = {
         "train/accuracy": correct.mean(),
-        "train/kept_groups": min(kept, cfg.prompts_per_step),
-        "train/mixed_groups": kept,
-        "train/sampled_groups": drawn,
-        "train/rounds": rounds,
-        "tokens/step": int(length.sum()),
-        "critic/score/mean": float(np.mean([s[6] for s in seen])),
-        "response_length/mean": length.mean(),
-        "response_length/max": length.max(),
-        "response_length/clip_ratio": cut.mean(),
-        **{k: v for k, v in totals.items() if k.startswith("reward/")},
+        "train/kept_groups": min(sampled.mixed, cfg.prompts_per_step),
+        "train/mixed_groups": sampled.mixed,
+        "train/sampled_groups": sampled.prompts,
+        "train/rounds": sampled.rounds,
+        "critic/score/mean": np.mean([b.reward for b in rows]),
+        "response_length/mean": np.mean([b.length for b in rows]),
+        "response_length/max": float(max(b.length for b in rows)),
+        "response_length/clip_ratio": np.mean([b.cut for b in rows]),
+        **{k: v for k, v in sampled.counts.items() if k.startswith("reward/")},
     }
-    forks = [s for s in seen if s[3] >= 0]
+    forks = [b for b in rows if b.parent >= 0]
     if forks:
-        t = np.array([s[4] for s in forks], dtype=float)
-        m["branch/mean_depth"] = t.mean()
-        m["branch/fallback_share"] = (t == 0).mean()
-        m["branch/over_budget_share"] = totals["over_budget"] / max(1, totals["candidates"])
-        m["branch/accuracy_base"] = correct[[s[3] < 0 for s in seen]].mean()
-        m["branch/accuracy_branch"] = correct[[s[3] >= 0 for s in seen]].mean()
-        m["branch/flip_rate"] = float(np.mean([s[1] != s[7] for s in forks]))
-        h = [s[5] for s in forks if s[4] > 0]
-        if h and cfg.critical != "none":
-            m["branch/entropy_at_t_star"] = float(np.mean(h))
+        m["branch/depth_sampled"] = np.mean([b.t_star or 0 for b in forks])
+        m["branch/fallback_share_sampled"] = np.mean([b.t_star is None for b in forks])
+        m["branch/over_budget_share_sampled"] = sampled.counts["over_budget"] / max(1, sampled.counts["candidates"])
+        m["branch/accuracy_base_sampled"] = correct[~branch].mean()
+        m["branch/accuracy_branch_sampled"] = correct[branch].mean()
+        m["branch/flip_rate_sampled"] = np.mean([b.flipped for b in forks])
+        if h := [b.h_star for b in forks if b.t_star is not None]:
+            m["branch/entropy_at_t_star_sampled"] = np.mean(h)
     return {k: float(v) if isinstance(v, np.floating) else v for k, v in m.items()}

@@ -17,7 +17,7 @@ import shutil
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from lib.config import FREE_KEYS, Config
+from lib.config import FREE, Config, keys
 from lib.files import TMP, delete, files, read_json, replace_file, sha256, sync_folders, synced_size
 from lib.ranks import everywhere, gather
 
@@ -67,7 +67,7 @@ def save(run, cfg, stream, final):
         ) from e
     if run.rank == 0:
         try:
-            prune(root, name, cfg.keep_ckpts, cfg.keep_hf)
+            prune(root, name, cfg.keep_ckpts)
         except OSError as e:  # the new one is there: no reason to end the run
             run.print(f"WARNING: old checkpoints could not be removed: {e}")
 
@@ -91,17 +91,15 @@ def point_at(root, name):
     sync_folders(root, deep=False)
 
 
-def prune(root, newest, keep, keep_hf):
-    """Delete old checkpoints: the `keep` last ones up to `newest` and every stage end stay; keep_hf spares the hf folders.
-    Each part moves aside in one step before it is deleted, so that what is there is whole."""
+def prune(root, newest, keep):
+    """Delete old checkpoints: the `keep` last ones up to `newest` and every stage end stay. Each moves aside in one step
+    before it is deleted, so that what is there is whole."""
     resumable = sorted(d for d in os.listdir(root) if os.path.exists(f"{root}/{d}/meta.json") and d <= newest)  # by step
     for name in resumable[:-keep]:
         if not read_json(f"{root}/{name}/meta.json")["stage_done"]:
-            for part in ["meta.json", SUMS, "state"] if keep_hf else ["."]:
-                if os.path.exists(path := os.path.normpath(f"{root}/{name}/{part}")):
-                    delete(f"{root}/{TMP}gone")  # of a deletion that failed half-way
-                    os.rename(path, f"{root}/{TMP}gone")
-                    delete(f"{root}/{TMP}gone")
+            delete(f"{root}/{TMP}gone")  # of a deletion that failed half-way
+            os.rename(f"{root}/{name}", f"{root}/{TMP}gone")
+            delete(f"{root}/{TMP}gone")
 
 
 def tidy(root, resumed):
@@ -116,7 +114,7 @@ def tidy(root, resumed):
 
 
 # ----------------------------------------------------------------------------------------------------------------------- read
-def find(run, cfg):
+def find_checkpoint(run, cfg):
     """The checkpoint to resume from, complete and undamaged, or None. A run resumes itself, with the config it was made
     with; resume=FOLDER takes any, into a folder without a run. ValueError otherwise. A collective: the ranks share the
     checking."""
@@ -140,14 +138,14 @@ def find(run, cfg):
     meta, names = read_json(f"{folder}/meta.json"), [n for n, _ in run.stages]
     if meta["stage"] not in names:
         raise ValueError(f"resume: {folder!r} is of stage {meta['stage']}, not of {', '.join(names)}; "
-                         "to start from its weights: init_from=…/hf and another out_dir")  # fmt: skip
+                         "to start from its weights: model=…/hf and another out_dir")  # fmt: skip
     if cfg.resume == "auto":
         refuse_changes(run, folder)
     elif not own(run, folder):
         if latest(f"{run.out}/ckpt"):
             raise ValueError(f"resume: {run.out} has a run already: choose another out_dir, or resume=auto goes on with that one")
         if meta["stage_done"] and meta["stage"] == names[-1]:
-            raise ValueError(f"resume: {folder!r} is the end of the last stage; to start from its weights: init_from={folder}/hf")
+            raise ValueError(f"resume: {folder!r} is the end of the last stage; to start from its weights: model={folder}/hf")
     return folder
 
 
@@ -166,12 +164,12 @@ def refuse_changes(run, folder):
     for name, cfg in run.stages:
         old = {**vars(Config()), **saved[name]}
         for key, value in vars(cfg).items():
-            if key not in FREE_KEYS and old[key] != value:
+            if key not in keys(FREE) and old[key] != value:
                 changes.setdefault((key, repr(old[key]), repr(value)), []).append(name)
     if changes:
-        keys = ", ".join(dict.fromkeys(key for key, _, _ in changes))
+        names = ", ".join(dict.fromkeys(key for key, _, _ in changes))
         said = "; ".join(f"{key} was {old}, is {new} ({', '.join(names)})" for (key, old, new), names in changes.items())
-        raise ValueError(f"{keys}: not as in the run in {run.out}: {said}; {advice}")
+        raise ValueError(f"{names}: not as in the run in {run.out}: {said}; {advice}")
 
 
 def damaged(folder, run):

@@ -291,6 +291,7 @@ class Task:
     allowed: object  # bool (V,), which tokens may be critical (rollout.allowed_tokens)
     verifiers: object  # reward.VerifierPool
     verifier: str = ""  # instead of the config's
+    method: object = None  # the stage's functions (lib/method.load_method)
 
 
 class Benchmark(NamedTuple):
@@ -311,7 +312,7 @@ BENCHMARKS = {
 }
 
 
-def find(item, key="benchmarks"):
+def find_benchmark(item, key="benchmarks"):
     """An entry of `benchmarks`, or eval_data: NAME, NAME:FILE, a file or a hub id -> (name, source for data.load_prompts)."""
     name, _, file = item.partition(":")
     if name in BENCHMARKS:

@@ -17,6 +17,8 @@ import torch.distributed as dist
 from lib.memory import engine_share
 from lib.policy import compute_dtype, load_hf_config, load_lm
 
+CPU_KV_MIB = 256  # vLLM's KV cache on a CPU
+
 
 def request_seed(*parts):
     """One seed a request, hash(seed, stage, step, prompt id, parent or -1), in [0, 2^62); sample i of it uses seed + i.
@@ -173,7 +175,7 @@ class VLLMEngine:
         self.params_class, self.stop, self.ready = SamplingParams, sorted(stop_ids), False
         where = {"gpu_memory_utilization": utilization, "hf_overrides": {"head_dtype": "float32"}}
         if not cuda:  # a prompt prefilled in pieces would rewind its request's generator, which a CPU generator cannot do
-            where = {"kv_cache_memory_bytes": cfg.engine_kv_mib << 20, "enforce_eager": True, "max_num_seqs": 64,
+            where = {"kv_cache_memory_bytes": CPU_KV_MIB << 20, "enforce_eager": True, "max_num_seqs": 64,
                      "enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, max_model_len)}  # fmt: skip
         threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
         rng = random.getstate(), np.random.get_state(), torch.get_rng_state()
@@ -182,7 +184,7 @@ class VLLMEngine:
                 model=path, dtype=str(dtype).removeprefix("torch."), seed=cfg.seed + dist.get_rank(),
                 tensor_parallel_size=1, distributed_executor_backend="external_launcher", load_format="dummy",
                 enable_sleep_mode=cuda, max_model_len=max_model_len, logprobs_mode="processed_logprobs",
-                generation_config="vllm", enable_prefix_caching=cfg.prefix_caching, disable_log_stats=True, **where,
+                generation_config="vllm", enable_prefix_caching=True, disable_log_stats=True, **where,
             )  # fmt: skip
         except (ValueError, RuntimeError, OSError) as e:
             raise ValueError(f"engine=vllm: vLLM cannot serve model {path!r}: {str(e).strip().splitlines()[0]}") from e

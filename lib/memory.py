@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from transformers import AutoModelForCausalLM
 
+from loss import HEAD_CHUNK
+
 GIB = 2**30
 
 
@@ -102,7 +104,7 @@ def trainer_memory(cfg, config, world):
     reserve    3 GiB for the CUDA context, NCCL and fragmentation"""
     s = model_sizes(config)
     T, D = cfg.micro_batch_tokens, s.width
-    chunks = 3 * 4 * cfg.head_chunk * s.vocab
+    chunks = 3 * 4 * HEAD_CHUNK * s.vocab
     one_block = T * (16 * D + 8 * s.inner + 4 * s.heads + 4 * s.kv)
     saved = T * 8 * D + s.layers * (2 * T * D if cfg.activation_checkpointing else one_block)  # 8 D: last norm, head's input
     again = one_block if cfg.activation_checkpointing else 0
@@ -169,3 +171,11 @@ def peak_memory():
         torch.cuda.reset_peak_memory_stats()
         return peak / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10) / 2**30
+
+
+def utilisation(config, lengths, response_tokens, seconds, world):
+    """Model FLOPs utilisation of the update: 3 forwards (a backward is 2) over the rollouts trained on, whatever is computed
+    again, padded or waited for, per second and rank, over the GPU's peak (forward_flops: embeddings do not count)."""
+    flops = 3 * forward_flops(config, lengths, response_tokens) / seconds / world
+    out = {"perf/tflops": flops / 1e12, "perf/trained_throughput": response_tokens / seconds / world}
+    return out | ({"perf/mfu": flops / peak_flops()} if peak_flops() else {})

@@ -16,7 +16,9 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.utils import logging as hf_logging
 
-from loss import logp_and_entropy
+from loss import HEAD_CHUNK, logp_and_entropy
+
+GRAD_CLIP = 1.0  # the reference's; larger gradients are scaled down to this norm
 
 # torch 2.11 has no enable_gqa argument (its kernel accepts fewer kv heads as it is); later releases want it said
 GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
@@ -141,7 +143,7 @@ class PackedLM(torch.nn.Module):
     """A causal LM whose forward ends in (logp, entropy). The head is applied *inside* the FSDP root's forward: there
     lm_head.weight is gathered, once, and stays so through all chunks and the backward."""
 
-    def __init__(self, lm, chunk):
+    def __init__(self, lm, chunk=HEAD_CHUNK):
         super().__init__()
         self.lm, self.chunk = lm, chunk
 
@@ -171,7 +173,7 @@ class Policy:
         if cfg.activation_checkpointing:
             lm.gradient_checkpointing_enable({"use_reentrant": False})
             lm.train()  # transformers checkpoints in train mode only; the models used here have dropout 0
-        self.model = PackedLM(lm, cfg.head_chunk)
+        self.model = PackedLM(lm)
         # eighths of the budget: at most 12.5 % of a full micro-batch is padding, and few shapes are compiled
         self.bucket = -(-cfg.micro_batch_tokens // 8) if cfg.compile else 0
         mesh = init_device_mesh(device.type, (self.world,))
@@ -224,7 +226,7 @@ class Policy:
             out[i] = s
         return out
 
-    def update(self, micro_batches, loss_fn, temperature, lr, grad_clip):
+    def update(self, micro_batches, loss_fn, temperature, lr, grad_clip=GRAD_CLIP):
         """One optimizer step on one minibatch. loss_fn(rollouts, logp, entropy) -> scalar, already divided by the
         minibatch's totals over all ranks. Returns (gradient norm, taken): a norm that is not finite means no step, on
         every rank alike, because the norm is of the whole gradient."""
@@ -321,3 +323,8 @@ def load_hf_config(path):
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, StrictDataclassError) as e:  # the last: values that contradict each other
         raise ValueError(f"model: cannot read the configuration of {path!r}: {str(e).splitlines()[0]}") from e
+
+
+def learning_rate(cfg, step):
+    """Linear warmup, then constant. Steps count from 1, so the first one already has lr / warmup and never 0."""
+    return cfg.lr * min(1.0, step / cfg.warmup) if cfg.warmup else cfg.lr

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 
-from reward import COUNTS, INVALID, check_verifier, score
+from reward import COUNTS, INVALID, check_verifier, verdict
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 START_LIMIT_S = 120.0  # for a worker to come up: half a second of imports, with a slow shared disk in mind
@@ -83,11 +83,11 @@ class VerifierPool:
         self.close()
 
     def close(self):
-        """Kill all workers. They hold nothing worth saving, and the next score_all starts new ones."""
+        """Kill all workers. They hold nothing worth saving, and the next verdicts starts new ones."""
         for worker in list(self.workers):
             self._remove(worker)
 
-    def score_all(self, pairs, verifier="dapo"):
+    def verdicts(self, pairs, verifier="dapo"):
         """pairs: (text, gold) each. Returns the verdicts, in the order of pairs, and the counts of responses that ran
         out of time, killed their worker, or held no answer that could be parsed. Raises ValueError for an unknown
         verifier, RuntimeError if no worker can be started."""
@@ -96,7 +96,7 @@ class VerifierPool:
         if verifier == "math_verify":
             verdicts = self._score_in_workers(pairs, counts)
         else:
-            verdicts = [score(text, gold, verifier) for text, gold in pairs]
+            verdicts = [verdict(text, gold, verifier) for text, gold in pairs]
         counts["reward/parse_fail"] = sum(answer == INVALID for _, _, answer in verdicts)
         return verdicts, counts
 
@@ -176,6 +176,13 @@ class VerifierPool:
         self.workers.remove(worker)
 
 
+def unread_golds(golds, pool):
+    """Those of the (row, gold) that math-verify cannot read as mathematics: answers are compared with them as text."""
+    # nothing equals an empty gold: no answer is left exactly where \boxed{gold} has no expression
+    verdicts, _ = pool.verdicts([(rf"\boxed{{{gold}}}", "") for _, gold in golds], "math_verify")
+    return [g for g, v in zip(golds, verdicts, strict=True) if v[2] == INVALID]
+
+
 def literals_only(code, *namespaces, evaluate):
     """Stands in for sympy's eval of strings in a worker. The library turns number tokens into numbers with it and
     nothing else (seen on 3,000 comparisons of benchmark answers); should model text ever get that far, it ends here."""
@@ -196,7 +203,7 @@ def worker_main(timeout_s, memory_mb):
     # The replies get stdout for themselves; what libraries print goes nowhere, after the imports their warnings too.
     replies, nowhere = os.fdopen(os.dup(1), "w"), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
-    score(r"\boxed{(1+x)x}", "x^2+x", "math_verify")  # imports all that a comparison needs, and builds its tables
+    verdict(r"\boxed{(1+x)x}", "x^2+x", "math_verify")  # imports all that a comparison needs, and builds its tables
     from sympy.parsing import sympy_parser
 
     sympy_parser.eval_expr = functools.partial(literals_only, evaluate=sympy_parser.eval_expr)
@@ -206,9 +213,9 @@ def worker_main(timeout_s, memory_mb):
         # If the parent is gone nobody kills us in time, and a worker lost in a power tower never sees the end of
         # stdin. The kernel's alarm ends the process, whatever code it is in.
         signal.setitimer(signal.ITIMER_REAL, timeout_s + ALARM_MARGIN_S)
-        verdict = score(*json.loads(line), "math_verify")
+        reply = verdict(*json.loads(line), "math_verify")
         signal.setitimer(signal.ITIMER_REAL, 0)
-        print(json.dumps(verdict), file=replies, flush=True)
+        print(json.dumps(reply), file=replies, flush=True)
 
 
 if __name__ == "__main__":

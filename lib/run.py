@@ -14,21 +14,25 @@ from tqdm import tqdm
 
 from lib import checkpoint, data, toy
 from lib.checkpoint import LOGS
-from lib.data import Task, find, grader
+from lib.data import Task, find_benchmark, grader
 from lib.engine import make_engine
-from lib.policy import Policy, compute_dtype, load_hf_config, load_lm, load_tokenizer
+from lib.memory import peak_memory, utilisation
+from lib.policy import Policy, compute_dtype, load_hf_config, load_lm, load_tokenizer, packed_length
 from lib.pool import VerifierPool
-from lib.ranks import everywhere, init_distributed, timed
+from lib.ranks import everywhere, gather, init_distributed, timed
 from reward import self_test
 
 
 class Run:
-    """What lives as long as the run: policy, engine, files, counters. `state` is all a resumed run needs besides tensors."""
+    """What lives as long as the run: policy, engine, files, counters. `state` is all that a resumed run needs besides
+    tensors."""
 
     def __init__(self, stages, rank, world, device):
         self.stages, self.rank, self.world, self.device = stages, rank, world, device
-        self.state = {"stage": stages[0][0], "stage_step": 0, "stage_done": False, "step": 0, "opt_step": 0, "adam_step": 0,
-                      "generated": 0, "first_gap": 0.0, "skipped_in_a_row": 0, "cursor": [0, 0], "files": {}}  # fmt: skip
+        self.state = {
+            "stage": stages[0][0], "stage_step": 0, "stage_done": False, "step": 0, "opt_step": 0, "adam_step": 0,
+            "generated": 0, "first_gap": 0.0, "skipped_in_a_row": 0, "cursor": [0, 0], "files": {},
+        }  # fmt: skip
         self.out, self.stop, self.engine, self.policy = stages[0][1].out_dir, False, None, None
         self.pending = {}  # timing_s/save of a checkpoint, for the next line of the log
 
@@ -38,7 +42,8 @@ class Run:
             sys.stdout.flush()
 
     def count_step(self, taken):
-        """Count an optimizer step -> 1 if it was skipped for a gradient that is not finite; the third in a row is an error."""
+        """Count an optimizer step -> 1 if it was skipped for a gradient that is not finite. RuntimeError: the third in a
+        row."""
         s = self.state
         s["opt_step"] += taken
         s["skipped_in_a_row"] = 0 if taken else s["skipped_in_a_row"] + 1
@@ -46,16 +51,17 @@ class Run:
             raise RuntimeError(f"step {s['step']}: three gradients in a row are not finite: lower lr")
         return int(not taken)
 
-    def refresh(self, m=None):
-        """Wake the engine with the trainer's weights, or without a trainer the model's: wake, then a full sync. A collective."""
-        m = {} if m is None else m
-        with timed(m, "wake"):
+    def refresh(self, clock=None):
+        """Wake the engine with the trainer's weights, or without a trainer the model's: wake, then a full sync. A
+        collective."""
+        clock = {} if clock is None else clock
+        with timed(clock, "wake"):
             self.engine.wake()
-        with timed(m, "sync"):
+        with timed(clock, "sync"):
             if self.policy:
                 self.engine.sync(self.policy.named_full())
             else:
-                lm = load_lm(self.path, compute_dtype(self.stages[0][1], self.device), "sdpa")  # on the CPU, for a moment
+                lm = load_lm(self.path, compute_dtype(self.stages[0][1], self.device), "sdpa")  # in host memory
                 self.engine.sync((name, p.detach()) for name, p in lm.named_parameters())
 
     @property
@@ -64,7 +70,8 @@ class Run:
         return self.state["stage"] == self.stages[-1][0] and self.state["stage_done"]
 
     def append(self, name, rows):
-        """Append rows to a log of the run folder. A collective: a full disk under rank 0 ends all ranks, with one message."""
+        """Append rows to a log of the run folder. A collective: a full disk under rank 0 ends all ranks, with one
+        message."""
 
         def write():
             try:
@@ -83,54 +90,114 @@ class Run:
         line = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in line.items()}
         self.append("metrics.jsonl", [line])
 
-    def samples(self, rollouts, cfg, step):
+    def samples(self, rollouts, cfg):
         """Append the first samples_per_step groups to samples.jsonl."""
         groups = set(sorted({r.group for r in rollouts})[: cfg.samples_per_step or None])
         texts = {p.id: p.text for p in self.tasks[cfg.name].prompts}
         piece = functools.cache(lambda i: self.tokenizer.decode([i]))
         shown = [r for r in rollouts if r.group in groups]
+        step = self.state["step"]
         rows = (sample_row(r, cfg, step, texts[r.prompt_id], [piece(i) for i in r.response_ids]) for r in shown)
         self.append("samples.jsonl", rows)
 
 
 def sample_row(r, cfg, step, prompt, tokens):
-    """One line of samples.jsonl. prompt: its text; tokens: the text of each response token, so that the file can be looked at
-    without a tokenizer. Rounded in float64: as float32, 0.00007 would be written 7.000000186963007e-05."""
+    """One line of samples.jsonl. prompt: its text; tokens: the text of each response token, so that the file can be looked
+    at without a tokenizer. Rounded in float64: as float32, 0.00007 would be written 7.000000186963007e-05."""
     logp, entropy = (np.round(x.astype(np.float64), 5).tolist() for x in (r.old_logp, r.entropy))
-    return {
-        "step": step, "stage": cfg.name, "prompt_id": r.prompt_id, "group": r.group, "parent": r.parent, "t_star": r.t_star,
-        "h_star": None if math.isnan(r.h_star) else r.h_star, "candidates": r.candidates, "prompt": prompt,
-        "response": r.text, "prompt_ids": r.prompt_ids, "prefix_ids": r.prefix_ids, "response_ids": r.response_ids,
-        "tokens": tokens, "logp": logp, "entropy": entropy, "reward": r.reward, "correct": r.correct, "answer": r.answer,
-        "advantage": r.advantage, "finish": r.finish,
-    }  # fmt: skip
+    plain = ("prompt_id", "group", "parent", "t_star", "candidates", "prompt_ids", "prefix_ids", "response_ids", "reward",
+             "correct", "answer", "advantage", "finish")  # fmt: skip
+    return {"step": step, "stage": cfg.name, **{k: getattr(r, k) for k in plain}, "prompt": prompt, "response": r.text,
+            "h_star": None if math.isnan(r.h_star) else r.h_star, "tokens": tokens, "logp": logp,
+            "entropy": entropy}  # fmt: skip
 
 
-def prepare_run(stages, train=True, trainer=True):
-    """Process group, toy, tokenizer, data, engine, policy. eval.py: train=False, no training data and no files; and
-    trainer=False, no Policy, unless entropies are asked for."""
+# ----------------------------------------------------------------------------------------------------------- what it says
+def performance(run, kept, tokens, clock):
+    """timing_s/* and perf/* of a step. kept: its rollouts trained on; tokens: generated, over all ranks; clock: timing_s/*."""
+    m = clock | {"timing_s/other": 2 * clock["timing_s/step"] - sum(clock.values())}  # the step less its phases
+    if kept:
+        lengths, trained = [packed_length(r) for r in kept], sum(len(r.response_ids) for r in kept)
+        m |= utilisation(run.policy.config, lengths, trained, clock["timing_s/update_actor"], run.world)
+    m["perf/throughput"] = tokens / clock["timing_s/step"] / run.world  # generated tokens a second and rank
+    return m | {"perf/peak_memory_gib": max(gather([peak_memory()]))}
+
+
+def announce(run):
+    """Print what each stage will do, with every batch identity."""
+    for name, cfg in run.stages:
+        size, minibatches = cfg.group_size, cfg.prompts_per_step // cfg.prompts_per_minibatch
+        what = f"rows × {cfg.steps} steps of sft" if cfg.kind == "sft" else (
+            f"prompts × {size} = {cfg.prompts_per_step * size} rollouts (n1 {cfg.n1}, n2 {cfg.n2}) in {minibatches} minibatches "
+            f"of {cfg.prompts_per_minibatch} × {size} = {cfg.prompts_per_minibatch * size} / {run.world} ranks, "
+            f"{cfg.steps} steps")  # fmt: skip
+        run.print(f"{name}: {cfg.prompts_per_step} {what}")
+
+
+def describe(run, cfg, m):
+    """The readable line of one step."""
+    where = f"{cfg.name} {run.state['stage_step']}/{cfg.steps}"
+    if cfg.kind == "sft":
+        return f"{where} · loss {m['sft/loss']:.4f} · grad {m['actor/grad_norm']:.2f} · {m['timing_s/step']:.2f} s"
+    branch = ""
+    if "branch/accuracy_branch_sampled" in m:
+        base, new, depth = (m[f"branch/{k}_sampled"] for k in ("accuracy_base", "accuracy_branch", "depth"))
+        branch = f" (base {base:.3f} branch {new:.3f} depth {depth:.0f})"
+    return " · ".join([
+        f"{where} · acc {m['train/accuracy']:.3f}{branch}",
+        f"H {m['actor/entropy']:.3f}",
+        f"len {m['response_length/mean']:.0f}",
+        f"kept {m['train/kept_groups']}/{m['train/sampled_groups']}",
+        f"grad {m['actor/grad_norm']:.2f}" if "actor/grad_norm" in m else "no group kept, no update",
+        f"|Δlogp| {m['mismatch/mean_abs']:.0e}",
+        f"{m['timing_s/step']:.1f} s",
+    ])  # fmt: skip
+
+
+def warn(run, cfg, m):
+    """A step that found too little says so. A run that cannot learn says so at its first step, not after a night."""
+    kept, sampled = m["train/kept_groups"], m["train/sampled_groups"]
+    if kept < cfg.prompts_per_step:
+        run.print(f"  step {run.state['step']}: only {kept} of {cfg.prompts_per_step} groups have right and wrong answers "
+                  f"after {m['train/rounds']} rounds; training on those (max_rounds, on_starved)")  # fmt: skip
+    if run.state["stage_step"] == 1 and (cut := m["response_length/clip_ratio"]) > 0.5:
+        run.print(f"WARNING: {cut:.0%} of the responses are cut at max_response_tokens={cfg.max_response_tokens}. "
+                  "Raise it, or see in samples.jsonl whether the model ever stops (stop_token_ids, template)")
+    if run.state["stage_step"] == 1 and not m["train/mixed_groups"]:
+        what = {0: "wrong", 1: "right"}.get(m["train/accuracy"], "right or all wrong")
+        run.print(f"WARNING: each of the {sampled} groups is all {what}: nothing to learn from. See in samples.jsonl whether "
+                  "answers have the form that template asks for and verifier reads. If so: other data, a cold start "
+                  "(kind: sft), a larger n1")  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------------ start
+def prepare_run(stages, train=True, trainer=True, files=True):
+    """Process group, toy, tokenizer, data, engine, policy -> Run. ValueError names the key. A collective.
+
+    An evaluation has train=False, no training data, and trainer=False, no Policy, unless it asks for entropies.
+    files=False: nothing is resumed and nothing written."""
     run = Run(stages, *init_distributed())
     first = stages[0][1]
     if "toy" in {v for _, c in stages for v in (c.model, c.data, c.eval_data)}:
-        toy.make_toy_base(run, first.toy_dir)
+        toy.make_toy_base(run, toy.FOLDER)
     for _, c in stages:
-        c.model = c.toy_dir if c.model == "toy" else c.model
-        c.data = f"{c.toy_dir}/train.jsonl" if c.data == "toy" else c.data
-        c.eval_data = f"{c.toy_dir}/heldout.jsonl" if c.eval_data == "toy" else c.eval_data
-    resume = checkpoint.find(run, first) if train and not first.walkthrough else None
+        c.model = toy.FOLDER if c.model == "toy" else c.model
+        c.data = f"{toy.FOLDER}/train.jsonl" if c.data == "toy" else c.data
+        c.eval_data = f"{toy.FOLDER}/heldout.jsonl" if c.eval_data == "toy" else c.eval_data
+    resume = checkpoint.find_checkpoint(run, first) if files else None
     if resume:
         run.state = checkpoint.read_json(f"{resume}/meta.json")
         if run.finished:
             if run.rank == 0:
                 checkpoint.tidy(f"{run.out}/ckpt", resumed=True)
             return run
-    run.path = path = first.init_from or first.model
+    run.path = path = first.model
     run.tokenizer, gen_eos = load_tokenizer(path)
     run.stop_ids = stop_ids = set(first.stop_token_ids or [run.tokenizer.eos_token_id, *gen_eos]) - {None}
     if not stop_ids:
         raise ValueError(f"stop_token_ids: the tokenizer of {path!r} has no end token: name one")
     load_tasks(run, stages, train)
-    run.regions = toy.toy_regions if first.eval_data.startswith(first.toy_dir) else None
+    run.regions = toy.toy_regions if first.eval_data.startswith(toy.FOLDER) else None
     fit_context(run, stages, train)
     run.engine = make_engine(run, path, stop_ids, trainer)
     run.policy = Policy(first, path, run.device) if trainer else None
@@ -142,15 +209,16 @@ def prepare_run(stages, train=True, trainer=True):
     if resume:
         checkpoint.load(run, resume)
         run.print(f"resumed from step {run.state['step']} ({run.state['stage']} {run.state['stage_step']}, {resume})")
-    if train and not first.walkthrough:
+    if files:
         everywhere((lambda: start_files(run, resume)) if run.rank == 0 else None, ValueError)
     return run
 
 
 def load_tasks(run, stages, train):
-    """run.tasks and run.heldout: prompts and verifiers of every stage, {stage: Task}. ValueError: data that cannot be used."""
+    """run.tasks and run.heldout: prompts and verifiers of every stage, {stage: Task}. ValueError: data that cannot be
+    used."""
     run.tasks, run.heldout = {}, {}
-    pool = VerifierPool(timeout_s=5.0 if train else 20.0)  # a busy machine once stalled a gold answer of 0.5 ms for over 5 s
+    pool = VerifierPool(timeout_s=5.0 if train else 20.0)  # a busy machine once stalled a gold of 0.5 ms for over 5 s
     for name, cfg in stages:
         args = run.tokenizer, cfg.template, cfg.max_prompt_tokens, cfg.system_prompt
         if train:
@@ -161,7 +229,7 @@ def load_tasks(run, stages, train):
         self_test(cfg.verifier, pool)
         if cfg.eval_data:
             key = "eval_data" if train else "benchmarks"
-            _, source = find(cfg.eval_data, key)
+            _, source = find_benchmark(cfg.eval_data, key)
             prompts, counts = data.load_prompts(source, *args, limit=cfg.eval_prompts, key=key)
             run.print(f"{name}: {key} {source}: " + ", ".join(f"{v} {k}" for k, v in counts.items() if v))
             own = grader(cfg.eval_data, cfg.template) if train else ""  # a benchmark brings its verifier along
@@ -169,21 +237,23 @@ def load_tasks(run, stages, train):
             self_test(own or cfg.verifier, pool)
         if train and cfg.kind == "rl" and cfg.verifier == "math_verify":
             run.print(f"WARNING: verifier=math_verify in training (stage {name}): restatements earn reward, "
-                      "2^{10} for 1024 or the question's own sum for its value; dapo and boxed compare text")  # fmt: skip
+                      "2^{10} for 1024 or the question's own sum for its value. dapo and boxed compare text")  # fmt: skip
 
 
 def fit_context(run, stages, train):
-    """Prompt and response must fit the model's context. ValueError names the key; an evaluation takes what room there is."""
+    """Prompt and response must fit the model's context. ValueError names the key. An evaluation takes what room there is:
+    CURE evaluates with 4096 new tokens on a model whose context is 4096."""
     context = getattr(load_hf_config(run.path), "max_position_embeddings", None) or math.inf
     for name, cfg in stages:
-        if not train:  # CURE evaluates with 4096 new tokens on a model whose context is 4096: the room is what the prompts leave
+        if not train:
             cfg.max_prompt_tokens = max(len(p.ids) for p in run.heldout[name].prompts)
-            room = max(1, context - cfg.max_prompt_tokens)
-            if cfg.max_response_tokens > room:
-                run.print(f"{name}: max_response_tokens {room}, not {cfg.max_response_tokens}: the model's context is {context}")
+            room, asked = max(1, context - cfg.max_prompt_tokens), cfg.max_response_tokens
+            if asked > room:
+                run.print(f"{name}: max_response_tokens {room}, not {asked}: the model's context is {context}")
                 cfg.max_response_tokens = room
         if cfg.max_prompt_tokens + cfg.max_response_tokens > context:
-            raise ValueError(f"max_prompt_tokens: with max_response_tokens over the model's context of {context} (stage {name})")
+            raise ValueError(f"max_prompt_tokens: with max_response_tokens over the model's context of {context} "
+                             f"(stage {name})")  # fmt: skip
 
 
 def lock(run):

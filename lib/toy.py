@@ -63,7 +63,7 @@ def make_toy(folder: str, n_train: int = 4000, n_heldout: int = 256, n_sft: int 
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as e:
-        raise ValueError(f"toy_dir: cannot make the folder {folder}: {e.strerror}") from e
+        raise ValueError(f"model: toy: cannot make the folder {folder}: {e.strerror}") from e
     rng, held = random.Random(seed), set()
     for name, count in (("heldout", n_heldout), ("train", n_train), ("sft", n_sft)):
         rows: dict[str, dict] = {}
@@ -89,6 +89,7 @@ def make_toy(folder: str, n_train: int = 4000, n_heldout: int = 256, n_sft: int 
 
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+FOLDER = "runs/toy-base"  # where `model: toy` keeps its base model
 
 
 def make_toy_base(run, folder):
@@ -117,7 +118,7 @@ def make_toy_base(run, folder):
     failed = torch.tensor(int(failed), device=run.device)
     dist.all_reduce(failed)
     if failed:
-        raise ValueError(f"toy_dir: the toy's base model could not be made in {folder}")
+        raise ValueError(f"model: the toy's base model could not be made in {folder}")
 
 
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "ROLE_RANK")

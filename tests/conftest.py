@@ -10,6 +10,7 @@ import random
 import socket
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -85,6 +86,21 @@ def cpu():
     assert (rank, world, device.type) == (0, 1, "cpu")
     yield device
     dist.destroy_process_group()
+
+
+def one_minibatch(rows, budget, world=1):
+    """All rows as one minibatch, cut as the training loop cuts it."""
+    from cure import Minibatch
+    from lib.policy import packed_length, partition
+    return Minibatch(rows, partition([packed_length(r) for r in rows], world, budget))
+
+
+def loss_of(policy, cfg, mini, sums=None, k=0, rank=0, world=1):
+    """cure.minibatch_loss of a minibatch, with the functions of cfg.method."""
+    import cure
+    from lib.method import load_method
+    run = SimpleNamespace(policy=policy, rank=rank, world=world, state={"stage_step": 1})
+    return cure.minibatch_loss(run, cfg, load_method(cfg, cure.HOOKS), mini, k, Counter() if sums is None else sums)
 
 
 def largest(*numbers):

@@ -13,6 +13,7 @@ import sys
 import time
 
 import cure
+from tools import analyze
 
 OPERATIONS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree")
 
@@ -45,7 +46,7 @@ def rank_process(job, rank):
         return describe(run, cfg, m)
 
     cure.describe = and_signal
-    cure.analyze.curves = lambda out: []                # drawing takes longer than these runs
+    analyze.curves = lambda out: []                # drawing takes longer than these runs
     code = 1
     try:
         code = cure.main(job["argv"])

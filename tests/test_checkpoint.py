@@ -100,7 +100,7 @@ def test_noise_in_every_global_generator_changes_nothing(whole, config, tmp_path
         return describe(*args)
 
     monkeypatch.setattr(cure, "describe", disturb)
-    monkeypatch.setattr(cure.analyze, "curves", lambda out: [])
+    monkeypatch.setattr("tools.analyze.curves", lambda out: [])
     cure.main(argv(config, tmp_path))
     same_as_whole(tmp_path, whole)
 

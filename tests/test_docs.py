@@ -136,7 +136,7 @@ def norms():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_of_the_readme_takes_a_step_of_its_own(config, tmp_path, monkeypatch, norms, name):
-    monkeypatch.setattr(cure.analyze, "curves", lambda out: [])
+    monkeypatch.setattr("tools.analyze.curves", lambda out: [])
     base, over = METHODS[name]
     cure.main(["--config", config, f"out_dir={tmp_path}", "max_steps=1", "eval_data=", *BASES[base], *over])
     m = train_lines(tmp_path)[0]

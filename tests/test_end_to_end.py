@@ -18,6 +18,8 @@ from conftest import ROOT, largest, lines, numbers, train_lines
 from safetensors.torch import load_file
 
 import cure
+import loss
+import reward
 from lib import engine, policy, pool
 from lib.config import Config, load_config
 from lib.run import fit_context
@@ -26,7 +28,7 @@ from lib.run import fit_context
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     """Drawing takes longer than these runs: only `whole` (session scoped, made before) draws for real."""
-    monkeypatch.setattr(cure.analyze, "curves", lambda out: [])
+    monkeypatch.setattr("tools.analyze.curves", lambda out: [])
 
 
 # ------------------------------------------------------------------------------------------------------------- a whole run
@@ -68,7 +70,7 @@ def test_samples_are_the_rollouts_that_were_trained_on(whole):
                 if r["parent"] >= 0:
                     parent = g[r["parent"]]
                     assert parent["parent"] == -1 and r["prefix_ids"] == parent["response_ids"][: r["t_star"]]
-                    assert r["t_star"] in parent["candidates"] or (r["t_star"] == 0 and not parent["candidates"])
+                    assert r["t_star"] in parent["candidates"] or (r["t_star"] is None and not parent["candidates"])
 
 
 def test_logged_entropy_is_the_token_mean_over_base_rollouts_and_not_minus_their_log_probs(whole):
@@ -79,10 +81,10 @@ def test_logged_entropy_is_the_token_mean_over_base_rollouts_and_not_minus_their
         gaps.append(abs(m["actor/entropy"] - h.mean()))
         apart.append(abs(m["actor/entropy"] + logp.mean()))
         branches = [r["entropy"] for r in rows if r["step"] == m["step"] and r["parent"] >= 0]
-        assert bool(branches) == ("branch/entropy_branch" in m) == (m["stage"] == "stage1")
+        assert bool(branches) == ("entropy/branch_kept" in m) == (m["stage"] == "stage1")
         if branches:
-            gaps.append(abs(m["branch/entropy_branch"] - np.concatenate(branches).mean()))
-            gaps.append(abs(m["branch/entropy_all"] - np.concatenate([h, *branches]).mean()))
+            gaps.append(abs(m["entropy/branch_kept"] - np.concatenate(branches).mean()))
+            gaps.append(abs(m["entropy/all_kept"] - np.concatenate([h, *branches]).mean()))
     print(f"actor/entropy off by {largest(gaps):.1e} from the samples' entropies, by {min(apart):.1e} or more from -mean logp")
     assert largest(gaps) <= 1e-5 < 1e-4 < min(apart)        # samples.jsonl has five decimals
 
@@ -161,7 +163,7 @@ def test_a_changed_config_is_refused_by_name(whole, config, capsys):
 
 def test_one_stage_runs_alone_from_given_weights(whole, config, tmp_path):
     hf = whole / "ckpt/step_000003/hf"
-    cure.main(["--config", config, f"out_dir={tmp_path}", "only_stage=stage2", f"init_from={hf}", "samples_per_step=0"])
+    cure.main(["--config", config, f"out_dir={tmp_path}", "stages.stage1.steps=0", f"model={hf}", "samples_per_step=0"])
     alone, joint = train_lines(tmp_path), train_lines(whole)[3:]
     assert [m["stage"] for m in alone] == ["stage2"] * 3
     assert [m["train/accuracy"] for m in alone] == [m["train/accuracy"] for m in joint], "same weights, same seeds"
@@ -209,7 +211,7 @@ def test_entropy_mask_identities(config, tmp_path):
 @pytest.mark.parametrize(
     "overrides",
     [("reuse_entropy_logp=true",), ("tis_cap=2.0",), ("agg=micro",), ("entropy_mask_rho=0.2", "entropy_mask_scope=micro"),
-     ("overlong_buffer=4", "overlong_scope=total"), ("activation_checkpointing=true",), ("reward_scope=continuation",)],
+     ("overlong_buffer=4",), ("activation_checkpointing=true",), ("reward_scope=continuation",)],
 )  # fmt: skip
 def test_every_setting_of_the_loop_takes_a_step(config, tmp_path, overrides):
     """Those that are no method of the README's table: test_docs.py runs these."""
@@ -222,8 +224,9 @@ def test_every_setting_of_the_loop_takes_a_step(config, tmp_path, overrides):
 
 @pytest.mark.parametrize("mode", ["clip_cov", "kl_cov"])
 def test_covariance_variants_take_steps_of_several_minibatches_and_log_what_they_chose(config, tmp_path, mode):
-    argv = "n1=8", "n2=0", "prompts_per_minibatch=1", "clip_cov_low=0.1", "cov_share=0.02", "lr=1e-2"
-    m = first_line(config, tmp_path / mode, *argv, f"loss_mode={mode}")
+    argv = ["n1=8", "n2=0", "prompts_per_minibatch=1", "method_args.cov_share=0.02", "lr=1e-2"]
+    argv += ["method_args.cov_low=0.1"] if mode == "clip_cov" else []
+    m = first_line(config, tmp_path / mode, *argv, f"method={mode}")
     cov, share = m["actor/cov"], m["actor/cov_share"]
     print(f"{mode}: covariance {cov:.4f}, share chosen {share:.4f}, clipped {m['actor/pg_clipfrac']:.3f}")
     assert m["opt_step"] == 4 and m["actor/cov"] != 0 and 0 < m["actor/cov_share"] <= 0.02
@@ -269,7 +272,7 @@ def spoil(monkeypatch):
 
 def test_a_gradient_that_is_not_finite_skips_the_step_and_is_counted(config, tiny, tmp_path, spoil):
     spoil(2)
-    argv = ["--config", config, f"out_dir={tmp_path}", "eval_data=", "prompts_per_minibatch=4", "save_every=1", "keep_hf=true"]
+    argv = ["--config", config, f"out_dir={tmp_path}", "eval_data=", "prompts_per_minibatch=4", "save_every=1", "keep_ckpts=9"]
     cure.main([*argv, "max_steps=3"])
     m = train_lines(tmp_path)
     skipped = [x["train/skipped_steps"] for x in m]
@@ -298,7 +301,7 @@ def test_the_third_gradient_in_a_row_that_is_not_finite_ends_the_run(config, tmp
 
 @pytest.mark.parametrize("verdict", [(-1.0, False, "34"), (1.0, True, "34")])
 def test_a_verifier_that_always_says_the_same_stops_the_run_before_its_first_step(config, tmp_path, monkeypatch, verdict):
-    monkeypatch.setattr(pool.VerifierPool, "score_all", lambda self, pairs, verifier: ([verdict] * len(pairs), {}))
+    monkeypatch.setattr(pool.VerifierPool, "verdicts", lambda self, pairs, verifier: ([verdict] * len(pairs), {}))
     with pytest.raises(RuntimeError, match="verifier 'boxed' misjudged .* Not starting"):
         cure.main(["--config", config, f"out_dir={tmp_path}/run"])
     assert not (tmp_path / "run").exists()
@@ -329,10 +332,11 @@ BAD_CONFIG = {
     ("stages.stage2.n1=many",): "n1: ",
     ("prompts_per_step=5",): "prompts_per_step: 5 is no multiple of prompts_per_minibatch 2",
     ("micro_batch_tokens=30",): "micro_batch_tokens: 30 is smaller than one sequence of 48",
-    ("top_p=0.9",): "top_p: must be 1",
     ("critical=best",): "critical: must be one of entropy, random, none",
     ("temperature=0",): "temperature: must be positive",
-    ("only_stage=stage7",): "only_stage: ",
+    ("stages.stage1.steps=0", "stages.stage2.steps=0"): "steps: no stage has any",
+    ("method_args.coef=1",): "method_args: are of a method, and method is empty",
+    ("plan_gpu=h100",): "plan_gpu: no such key",
     ("n1=1", "n2=0"): "n1, n2: ",
     ("oops",): "'oops' is not key=value",
     ("stages.stage2.engine=vllm",): "engine: is for the whole run",
@@ -341,15 +345,54 @@ BAD_CONFIG = {
     ("warmup=-3",): "warmup: must be finite and not negative",
     ("keep_ckpts=0",): "keep_ckpts: must be positive",
     ("eval_temperature=0",): "eval_n: greedy",
-    ("loss_mode=clip_cov+kl_cov",): "loss_mode: must be one of ppo, clip_cov, kl_cov",
-    ("loss_mode=clip_cov", "entropy_mask_rho=0.2"): "loss_mode: clip_cov and entropy_mask_rho 0.2 both choose tokens",
     ("entropy_mask_side=bottom",): "entropy_mask_side: bottom masks nothing at entropy_mask_rho 1",
-    ("clip_cov_low=5",): "clip_cov_low: 5.0 leaves nothing below clip_cov_high 5.0",
-    ("cov_share=0",): "cov_share: must be positive",
-    ("cov_share=2",): "cov_share: is a share",
-    ("entropy_coef=-0.1",): "entropy_coef: must be finite and not negative",
-    ("kl_cov_coef=nan",): "kl_cov_coef: must be finite and not negative",
 }
+BAD_METHOD = {
+    ("method=clip_cof",): "method: no file methods/clip_cof.py; there are clip_cov, entropy_bonus, kl_cov",
+    ("method={tmp}/nothing.py",): "method: no file {tmp}/nothing.py",
+    ("method={tmp}/no_hook.py",): "method: {tmp}/no_hook.py has none of the functions critical_tokens, group_advantages, policy_loss",
+    ("method={tmp}/other_signature.py",): "method: {tmp}/other_signature.py: group_advantages should take (scores, groups, parents)",
+    ("method={tmp}/bare_setting.py",): "method: {tmp}/bare_setting.py: group_advantages: its setting power needs a default",
+    ("method={tmp}/broken.py",): "method: {tmp}/broken.py cannot be loaded: ",
+    ("method=clip_cov", "entropy_mask_rho=0.2"): "method: {root}/methods/clip_cov.py and entropy_mask_rho 0.2 both choose tokens",
+    ("method=clip_cov", "method_args.cov_shre=1"): "method_args.cov_shre: no such key; did you mean cov_share?",
+    ("method=clip_cov", "method_args.cov_share=many"): "method_args.cov_share: must be of type float, got 'many'",
+    ("method=clip_cov", "method_args.cov_low=5"): "method_args.cov_low: 5.0 leaves nothing below cov_high 5.0",
+    ("method=clip_cov", "method_args.cov_share=0"): "method_args.cov_share: is a share of the tokens",
+    ("method=clip_cov", "method_args.cov_share=2"): "method_args.cov_share: is a share of the tokens",
+    ("method=entropy_bonus", "method_args.coef=-0.1"): "method_args.coef: must be finite and not negative",
+    ("method=kl_cov", "method_args.coef=nan"): "method_args.coef: must be of type float, got 'nan'",
+}
+METHOD_FILES = {
+    "no_hook": "def something_else(): pass\n", "broken": "def group_advantages(:\n",
+    "other_signature": "def group_advantages(scores, group): return scores\n",
+    "bare_setting": "def group_advantages(scores, groups, parents, *, power): return scores\n",
+}
+
+
+@pytest.mark.parametrize("overrides", BAD_METHOD, ids=lambda o: "+".join(o))
+def test_a_bad_method_is_one_line_naming_file_and_function_and_nothing_is_written(config, tmp_path, capsys, overrides):
+    for name, text in METHOD_FILES.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    with pytest.raises(SystemExit) as e:
+        cure.main(["--config", config, f"out_dir={tmp_path}/run", *[o.format(tmp=tmp_path) for o in overrides]])
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.count("\n") == 1 and not (tmp_path / "run").exists()
+    assert err.startswith("error: " + BAD_METHOD[overrides].format(tmp=tmp_path, root=ROOT)), err
+
+
+def test_a_method_of_ones_own_by_path_replaces_a_hook_and_takes_its_settings(config, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from loss import group_advantages as default\n\n\n"
+        "def group_advantages(scores, groups, parents, *, factor=1.0):\n"
+        "    return factor * default(scores, groups, parents)\n"
+    )
+    argv = [f"method={tmp_path}/mine.py"]
+    plain = first_line(config, tmp_path / "plain")
+    same = first_line(config, tmp_path / "one", argv[0])
+    twice = first_line(config, tmp_path / "two", argv[0], "method_args.factor=2")
+    assert same["actor/grad_norm"] == plain["actor/grad_norm"]
+    assert twice["actor/grad_norm"] == pytest.approx(2 * plain["actor/grad_norm"], rel=1e-4)
 
 
 def test_prompt_and_response_fit_the_context_in_training_and_take_the_room_in_an_evaluation(tiny, capsys):
@@ -407,13 +450,15 @@ def test_the_7b_config_is_the_table_of_the_reference():
     table = {  # key: (stage 1, stage 2)
         "n1": (4, 16), "n2": (3, 0), "group_size": (16, 16), "max_prompt_tokens": (1500, 512),
         "max_response_tokens": (2596, 3584), "critical_top_k": (20, 20), "prompts_per_step": (512, 512),
-        "prompts_per_round": (1024, 1024), "prompts_per_minibatch": (32, 32), "clip_low": (0.2, 0.2), "clip_high": (0.28, 0.28),
-        "clip_dual": (10, 10), "lr": (1e-6, 1e-6), "betas": ([0.9, 0.999],) * 2, "weight_decay": (0.1, 0.1),
-        "grad_clip": (1, 1), "warmup": (10, 10), "overlong_buffer": (512, 512), "overlong_factor": (1, 1),
-        "temperature": (1, 1), "top_p": (1, 1), "max_rounds": (10, 10), "steps": (300, two.steps),
+        "prompts_per_round": (512, 512), "prompts_per_minibatch": (32, 32), "clip_low": (0.2, 0.2), "clip_high": (0.28, 0.28),
+        "lr": (1e-6, 1e-6), "betas": ([0.9, 0.999],) * 2, "weight_decay": (0.1, 0.1),
+        "warmup": (10, 10), "overlong_buffer": (512, 512),
+        "temperature": (1, 1), "max_rounds": (20, 20), "steps": (300, two.steps),
         "model": ("Qwen/Qwen2.5-Math-7B",) * 2, "agg": ("token", "token"), "entropy_mask_rho": (1, 1), "tis_cap": (0, 0),
     }  # fmt: skip
     assert {k: (getattr(one, k), getattr(two, k)) for k in table} == table
+    assert (policy.GRAD_CLIP, loss.policy_loss.__kwdefaults__["clip_dual"]) == (1, 10)
+    assert reward.overlong_penalty(2596, 2596, 512) == -1, "the penalty grows to 1"
 
 
 def forbidden(source):
@@ -492,7 +537,7 @@ def test_precedence_is_defaults_file_stage_entry_command_line(tmp_path):
     path = tmp_path / "p.yaml"
     path.write_text("lr: 2.0e-6\nseed: 5\nstages: {a: {lr: 3.0e-6, n1: 8}, b: {}}\n")
     (_, a), (_, b) = load_config(["--config", str(path)])
-    assert (a.lr, b.lr, a.n1, b.n1, a.seed, a.grad_clip) == (3e-6, 2e-6, 8, 4, 5, 1.0) and a.out_dir == "runs/p"
+    assert (a.lr, b.lr, a.n1, b.n1, a.seed) == (3e-6, 2e-6, 8, 4, 5) and a.out_dir == "runs/p"
     (_, a), (_, b) = load_config(["lr=4e-6", "--config", str(path), "stages.b.lr=5e-6", "out_dir=", "system_prompt="])
     assert (a.lr, b.lr, a.out_dir, a.system_prompt) == (4e-6, 5e-6, "runs/p", "")
 

@@ -15,7 +15,7 @@ import cure
 import eval as evaluation  # a file of ours; `eval` alone would hide the builtin
 from lib import config, data, ranks
 from lib.pool import VerifierPool
-from reward import score
+from reward import verdict
 from tools import check_graders
 
 DATA = ROOT.parent / "shared" / "data"
@@ -31,7 +31,7 @@ def file_of(name):
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     """Drawing takes longer than these runs."""
-    monkeypatch.setattr(cure.analyze, "curves", lambda out: [])
+    monkeypatch.setattr("tools.analyze.curves", lambda out: [])
 
 
 def samples(*answers, gold="1", length=3, cut=0):
@@ -155,10 +155,10 @@ def test_every_benchmark_is_read_from_its_hub_id(name, monkeypatch):
         return datasets.Dataset.from_list([row])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    rows, _ = data.load_rows(data.find(name)[1])
+    rows, _ = data.load_rows(data.find_benchmark(name)[1])
     assert asked == [(hub, "main" if name == "gsm8k" else None, "test")] and [r["answer"] for r in rows] == [gold]
     verifier = data.grader(name, "boxed")
-    assert score(rf"\boxed{{{gold}}}", gold, verifier)[1] and not score(r"\boxed{7}", gold, verifier)[1]
+    assert verdict(rf"\boxed{{{gold}}}", gold, verifier)[1] and not verdict(r"\boxed{7}", gold, verifier)[1]
 
 
 @real

@@ -2,6 +2,7 @@
 import math
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from conftest import largest
@@ -11,23 +12,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import loss
 from loss import (
-    clip_cov_loss,
-    clip_cov_tokens,
-    entropy_mask,
     group_advantages,
-    kl_cov_loss,
-    kl_cov_tokens,
     logp_and_entropy,
     mismatch,
-    n_chosen,
     n_kept,
     policy_loss,
-    token_covariance,
+    token_mask,
     token_weights,
     truncated_importance,
 )
+from methods import clip_cov, kl_cov
+from methods.clip_cov import n_chosen, token_covariance
+from rollout import Rollout
 
 T, V, D = 197, 1009, 64
+
+
+def surveyed(chosen):
+    """Rows of one token, with what a survey of the minibatch found."""
+    return [Rollout([1], [], [2], survey={"cov": np.float32([3]), "cov_share": np.array([chosen])})]
 
 
 def gen(seed):
@@ -273,9 +276,9 @@ def test_policy_loss_fixtures(ratio, advantage, expected):
 @pytest.mark.parametrize(
     ("ratio", "advantage", "slope", "flag"),
     [  # slope: d loss / d logp, whose descent direction is -slope
-        (1.0, 1, -1.0, None), (1.2, 1, -1.2, None), (0.5, 1, -0.5, None), (1.5, 1, 0, "clipped_high"),
-        (1.0, -1, 1.0, None), (1.5, -1, 1.5, None), (0.9, -1, 0.9, None), (0.5, -1, 0, "clipped_low"),
-        (20, -1, 0, "clipped_dual"), (20, 1, 0, "clipped_high"), (1.0, 0, 0, None), (20, 0, 0, None),
+        (1.0, 1, -1.0, None), (1.2, 1, -1.2, None), (0.5, 1, -0.5, None), (1.5, 1, 0, "pg_clipfrac_high"),
+        (1.0, -1, 1.0, None), (1.5, -1, 1.5, None), (0.9, -1, 0.9, None), (0.5, -1, 0, "pg_clipfrac"),
+        (20, -1, 0, "pg_clipfrac_lower"), (20, 1, 0, "pg_clipfrac_high"), (1.0, 0, 0, None), (20, 0, 0, None),
     ],
 )  # fmt: skip
 def test_gradient_pushes_the_right_way_and_stops_where_clipped(ratio, advantage, slope, flag):
@@ -283,8 +286,9 @@ def test_gradient_pushes_the_right_way_and_stops_where_clipped(ratio, advantage,
     out, flags = policy_loss(logp, torch.zeros(1), torch.tensor([float(advantage)]))
     out.sum().backward()
     assert logp.grad.item() == pytest.approx(slope, abs=1e-6)
-    assert [k for k, v in flags.items() if v.item()] == ([flag] if flag else [])
-    assert set(flags) == {"clipped_low", "clipped_high", "clipped_dual"}
+    both = {"pg_clipfrac_high": ["pg_clipfrac", "pg_clipfrac_high"]}
+    assert [k for k, v in flags.items() if v.item()] == both.get(flag, [flag] if flag else [])
+    assert set(flags) == {"pg_clipfrac", "pg_clipfrac_high", "pg_clipfrac_lower"}
 
 
 def test_ratio_one_gives_the_policy_gradient_exactly():
@@ -301,15 +305,16 @@ def test_ratio_one_gives_the_policy_gradient_exactly():
 @settings(deadline=None)
 def test_policy_loss_agrees_with_the_formula_in_floats(log_ratio, advantage, low, high, dual):
     out, flags = policy_loss(
-        torch.tensor([log_ratio], dtype=torch.float64), torch.zeros(1), torch.tensor([advantage], dtype=torch.float64), low, high,
-        dual,
+        torch.tensor([log_ratio], dtype=torch.float64), torch.zeros(1), torch.tensor([advantage], dtype=torch.float64),
+        clip_low=low, clip_high=high, clip_dual=dual,
     )  # fmt: skip
     r = math.exp(log_ratio)
     expected = max(-advantage * r, -advantage * min(max(r, 1 - low), 1 + high))
     if advantage < 0:
         expected = min(expected, -advantage * dual)
     assert out.item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
-    assert sum(f.item() for f in flags.values()) <= 1
+    clipped, high, lower = (flags[k].item() for k in ("pg_clipfrac", "pg_clipfrac_high", "pg_clipfrac_lower"))
+    assert not (clipped and lower) and high == (clipped and advantage > 0)
 
 
 @pytest.mark.parametrize(
@@ -328,7 +333,7 @@ def test_dual_clip_is_felt_only_where_it_says_so():
         with_dual, flags = policy_loss(logp, zero, zero + sign)
         without, _ = policy_loss(logp, zero, zero + sign, clip_dual=math.inf)
         changed = with_dual != without
-        assert torch.equal(changed, flags["clipped_dual"]) and changed.any() == (sign < 0)
+        assert torch.equal(changed, flags["pg_clipfrac_lower"]) and changed.any() == (sign < 0)
 
 
 # -------------------------------------------------------------------------------------------------------------- aggregation
@@ -397,7 +402,7 @@ def test_unknown_aggregation_is_refused_by_name():
 
 # ------------------------------------------------------------------------------------------------------------- entropy mask
 def test_ten_equal_entropies_keep_exactly_two():
-    keep = entropy_mask(torch.full((10,), 0.7), 0.2)
+    keep = token_mask(torch.full((10,), 0.7), None, 0.2)
     print(f"kept {int(keep.sum())} of 10 equal entropies")
     assert keep.dtype == torch.bool and keep.nonzero()[:, 0].tolist() == [0, 1]
 
@@ -411,7 +416,7 @@ def test_kept_count_is_the_exact_ceiling(n, percent):
 
 def test_nothing_is_kept_of_nothing():
     assert n_kept(0, 0.2) == 0
-    assert entropy_mask(torch.empty(0), 0.2).shape == (0,)
+    assert token_mask(torch.empty(0), None, 0.2).shape == (0,)
 
 
 @pytest.mark.parametrize("side", ["top", "bottom"])
@@ -421,32 +426,32 @@ def test_mask_keeps_exactly_k_of_highest_or_lowest_entropy_and_of_equal_ones_the
     rho = percent / 100
     k = max(1, math.ceil(Fraction(percent, 100) * len(h)))
     order = sorted(range(len(h)), key=lambda i: (-h[i] if side == "top" else h[i], i))
-    assert entropy_mask(torch.tensor(h), rho, side).nonzero()[:, 0].tolist() == sorted(order[:k])
+    assert token_mask(torch.tensor(h), None, rho, side).nonzero()[:, 0].tolist() == sorted(order[:k])
 
 
 @pytest.mark.parametrize("side", ["top", "bottom", "random"])
 def test_rho_one_keeps_all(side):
-    assert entropy_mask(torch.rand(37, generator=gen(0)), 1.0, side, gen(1)).all()
+    assert token_mask(torch.rand(37, generator=gen(0)), None, 1.0, side, gen(1)).all()
 
 
 def test_random_mask_is_its_generators_and_blind_to_entropy():
     h, before = torch.rand(200, generator=gen(0)), torch.get_rng_state()
-    a, b, c = (entropy_mask(x, 0.25, "random", gen(s)) for x, s in ((h, 1), (-h, 1), (h, 2)))
+    a, b, c = (token_mask(x, None, 0.25, "random", gen(s)) for x, s in ((h, 1), (-h, 1), (h, 2)))
     assert a.sum() == b.sum() == c.sum() == 50
     assert torch.equal(a, b) and not torch.equal(a, c)
     assert torch.equal(torch.get_rng_state(), before)
-    share = sum(entropy_mask(h, 0.25, "random", gen(s)).double() for s in range(400)) / 400
+    share = sum(token_mask(h, None, 0.25, "random", gen(s)).double() for s in range(400)) / 400
     assert (share - 0.25).abs().max() < 0.12             # 5 standard deviations: no position is preferred
 
 
 def test_unknown_side_is_refused_by_name():
     with pytest.raises(ValueError, match="entropy_mask_side.*left"):
-        entropy_mask(torch.rand(3), 0.5, "left")
+        token_mask(torch.rand(3), None, 0.5, "left")
 
 
 def test_norm_all_is_the_share_kept_of_norm_kept():
     h = torch.rand(40, generator=gen(0))
-    keep, lengths = entropy_mask(h, 0.2), torch.tensor([15, 25])
+    keep, lengths = token_mask(h, None, 0.2), torch.tensor([15, 25])
     counts = torch.tensor([keep[:15].sum(), keep[15:].sum()])
     values = torch.randn(40, generator=gen(1))
     kept = (values * keep * token_weights(counts, lengths, "token", 8, 2)).sum()
@@ -486,18 +491,18 @@ COV = st.lists(st.tuples(st.sampled_from([-1.0, 0.0, 0.5, 1.0, 1.5, 2.0, 5.0, 7.
 def test_clip_cov_chooses_so_many_of_the_eligible_and_kl_cov_the_largest(rows, share, seed):
     cov, clipped = torch.tensor([r[0] for r in rows]), torch.tensor([r[1] for r in rows])
     k = max(1, int(share * len(rows)))
-    chosen = clip_cov_tokens(cov, clipped, share, 1.0, 5.0, gen(seed)).nonzero()[:, 0].tolist()
+    chosen = clip_cov.choose(cov, clipped, share, 1.0, 5.0, gen(seed)).nonzero()[:, 0].tolist()
     eligible = {i for i, (c, cut) in enumerate(rows) if 1 < c < 5 and not cut}
     assert set(chosen) <= eligible and len(chosen) == min(k, len(eligible))
     order = sorted(range(len(rows)), key=lambda i: (-rows[i][0], i))
-    assert kl_cov_tokens(cov, share).nonzero()[:, 0].tolist() == sorted(order[:k])
+    assert kl_cov.choose(cov, share).nonzero()[:, 0].tolist() == sorted(order[:k])
 
 
 def test_clip_cov_draws_uniformly_from_its_own_generator():
     cov, clipped, before = torch.full((40,), 2.0), torch.arange(40) % 4 == 0, torch.get_rng_state()
-    a, b, c = (clip_cov_tokens(cov, clipped, 0.25, 1, 5, gen(s)) for s in (1, 1, 2))
+    a, b, c = (clip_cov.choose(cov, clipped, 0.25, 1, 5, gen(s)) for s in (1, 1, 2))
     assert torch.equal(a, b) and not torch.equal(a, c) and torch.equal(torch.get_rng_state(), before)
-    share = sum(clip_cov_tokens(cov, clipped, 0.25, 1, 5, gen(s)).double() for s in range(600)) / 600
+    share = sum(clip_cov.choose(cov, clipped, 0.25, 1, 5, gen(s)).double() for s in range(600)) / 600
     assert (share[~clipped] - 1 / 3).abs().max() < 0.1 and not share[clipped].any()   # 5 standard deviations
 
 
@@ -506,7 +511,7 @@ def test_a_covariance_that_crosses_a_bound_changes_one_choice_of_clip_cov():
     most = 0
     for i in range(50):
         moved = cov.index_fill(0, torch.tensor([10 * i]), 0.99)
-        a, b = (clip_cov_tokens(x, clipped, 0.2, 1, 5, gen(3)) for x in (cov, moved))
+        a, b = (clip_cov.choose(x, clipped, 0.2, 1, 5, gen(3)) for x in (cov, moved))
         most = max(most, int((a & ~b).sum()))
         assert a.sum() == b.sum() == 100 and not b[10 * i]
     assert most == 1
@@ -521,10 +526,10 @@ def test_a_covariance_that_crosses_a_bound_changes_one_choice_of_clip_cov():
 )  # fmt: skip
 def test_clip_cov_loss_fixtures(ratio, advantage, chosen, expected, slope):
     logp = torch.tensor([math.log(ratio)], requires_grad=True)
-    out, flags = clip_cov_loss(logp, torch.zeros(1), torch.tensor([float(advantage)]), torch.tensor([chosen]), 0.2, 0.28)
+    out, flags = clip_cov.policy_loss(logp, torch.zeros(1), torch.tensor([float(advantage)]), None, surveyed(chosen), 0.2, 0.28)
     out.sum().backward()
     assert out.item() == pytest.approx(expected, rel=1e-6) and logp.grad.item() == pytest.approx(slope, rel=1e-6)
-    assert not flags["clipped_dual"].any()
+    assert not flags["pg_clipfrac_lower"].any()
 
 
 @pytest.mark.parametrize(
@@ -536,10 +541,11 @@ def test_clip_cov_loss_fixtures(ratio, advantage, chosen, expected, slope):
 )  # fmt: skip
 def test_kl_cov_loss_fixtures(ratio, advantage, chosen, expected, slope):
     logp = torch.tensor([math.log(ratio)], requires_grad=True)
-    out, flags = kl_cov_loss(logp, torch.zeros(1), torch.tensor([float(advantage)]), torch.tensor([chosen]), 0.1)
+    out, flags = kl_cov.policy_loss(logp, torch.zeros(1), torch.tensor([float(advantage)]), None, surveyed(chosen), 0.2, 0.28)
     out.sum().backward()
     assert out.item() == pytest.approx(expected, rel=1e-5) and logp.grad.item() == pytest.approx(slope, rel=1e-5, abs=1e-7)
-    assert not any(f.any() for f in flags.values())
+    assert not any(flags[k].any() for k in ("pg_clipfrac", "pg_clipfrac_high", "pg_clipfrac_lower"))
+    assert flags["cov"].item() == 3 and flags["cov_share"].item() == chosen
 
 
 # ------------------------------------------------------------------------------------------------------- trainer vs engine

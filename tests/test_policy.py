@@ -3,12 +3,13 @@ import itertools
 import json
 import random
 import shutil
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import WORLDS, largest, ragged
+from conftest import WORLDS, largest, loss_of, one_minibatch, ragged
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -24,11 +25,13 @@ BUDGET = 4096
 
 
 def config(**kwargs):
-    return Config(**{"micro_batch_tokens": BUDGET, "head_chunk": 64, "lr": 1e-3, "weight_decay": 0.0, **kwargs})
+    return Config(**{"micro_batch_tokens": BUDGET, "lr": 1e-3, "weight_decay": 0.0, **kwargs})
 
 
-def make(path, **kwargs):
-    return Policy(config(**kwargs), path, torch.device("cpu"))
+def make(path, head_chunk=64, **kwargs):
+    policy = Policy(config(**kwargs), path, torch.device("cpu"))
+    policy.model.chunk = head_chunk
+    return policy
 
 
 @pytest.fixture(scope="module", params=["sharp", "odd"])
@@ -350,31 +353,25 @@ def test_loss_denominator_counts_neither_prompt_nor_padding_nor_the_ranks_share(
     """All advantages 1 and all ratios 1: the loss is -1, or the denominator counts something else than response tokens."""
     for prompt, budget in ((2, 4096), (60, 120), (60, 4096)):
         rows = ragged(12, 2, policy.config.vocab_size, prompt=(prompt, prompt))
-        cfg, sums = config(micro_batch_tokens=budget), {"gap": 0.0}
-        plan = partition([packed_length(r) for r in rows], 1, budget)
-        for mb in plan[0]:
-            for i, (logp, _) in zip(mb, policy.score([[rows[i] for i in mb]], 1.0), strict=True):
-                rows[i].old_logp, rows[i].advantage = logp, 1.0
-        run = SimpleNamespace(policy=policy, rank=0, world=1)
-        total = []
-        inner = cure.minibatch_loss(run, cfg, rows, plan, (0,), sums)
+        mini, total = one_minibatch(rows, budget), []
+        for micro in mini.here(0):
+            for r, (logp, _) in zip(micro, policy.score([micro], 1.0), strict=True):
+                r.old_logp, r.advantage = logp, 1.0
+        inner = loss_of(policy, config(micro_batch_tokens=budget), mini)
 
         def loss_fn(*args, inner=inner, total=total):
             total.append(inner(*args))
             return total[-1]
 
-        gradients(policy, [[rows[i] for i in mb] for mb in plan[0]], loss_fn)
+        gradients(policy, mini.here(0), loss_fn)
         print(f"prompts of {prompt}, {len(total)} micro-batches: loss {sum(total).item():.7f}")
         assert sum(total).item() == pytest.approx(-1, abs=1e-6)
 
 
 def masked_gradients(policy, rows, **kwargs):
     """Gradients of cure's own minibatch loss with these settings: ({name: gradient}, micro-batches)."""
-    cfg = config(micro_batch_tokens=128, **kwargs)
-    plan = partition([packed_length(r) for r in rows], 1, cfg.micro_batch_tokens)
-    run = SimpleNamespace(policy=policy, rank=0, world=1)
-    loss_fn = cure.minibatch_loss(run, cfg, rows, plan, (0,), {"gap": 0.0})
-    return gradients(policy, [[rows[i] for i in mb] for mb in plan[0]], loss_fn)[0], len(plan[0])
+    mini = one_minibatch(rows, 128)
+    return gradients(policy, mini.here(0), loss_of(policy, config(**kwargs), mini))[0], len(mini.here(0))
 
 
 @pytest.fixture
@@ -409,14 +406,13 @@ def test_norm_all_is_k_of_n_times_norm_kept_in_every_gradient(policy, masked_row
 
 
 def test_an_empty_micro_batch_adds_nothing_to_cures_loss_and_no_nan(policy, masked_rows):
-    run, rows, tried = SimpleNamespace(policy=policy, rank=0, world=1), masked_rows[:4], 0
+    rows, tried = masked_rows[:4], 0
     masks = {}, {"entropy_mask_rho": 0.3}, {"entropy_mask_rho": 0.3, "entropy_mask_scope": "micro"}
     for agg, mask, norm in itertools.product(("token", "sequence", "micro"), masks, ("kept", "all")):
         cfg, found = config(agg=agg, tis_cap=2.0, entropy_mask_norm=norm, **mask), []
         for plan in ([[[0, 1, 2, 3]]], [[[], [0, 1, 2, 3], []]]):
-            sums = {"gap": 0.0}
-            loss_fn = cure.minibatch_loss(run, cfg, rows, plan, (0,), sums)
-            found.append(gradients(policy, [[rows[i] for i in mb] for mb in plan[0]], loss_fn)[0])
+            mini, sums = cure.Minibatch(rows, plan), Counter()
+            found.append(gradients(policy, mini.here(0), loss_of(policy, cfg, mini, sums))[0])
             assert all(np.isfinite(v) for v in sums.values()), sums
         assert same(*found) and all(g.isfinite().all() for g in found[0].values()), cfg
         tried += 1
@@ -424,16 +420,17 @@ def test_an_empty_micro_batch_adds_nothing_to_cures_loss_and_no_nan(policy, mask
 
 
 # -------------------------------------------------------------------------------------------------- variants of the loss
-def test_plain_dapo_is_policy_loss_and_token_weights_bit_for_bit_whatever_the_variants_settings(policy, masked_rows):
+def test_plain_dapo_is_policy_loss_and_token_weights_bit_for_bit_and_so_is_a_bonus_of_0(policy, masked_rows):
     plain, _ = gradients(policy, cut(masked_rows, 128)[0], token_mean(masked_rows))   # written here, without any variant
-    for off in ({}, {"cov_share": 0.5, "clip_cov_low": 0.0, "kl_cov_coef": 9.0, "entropy_coef": 0.0}):
+    for off in ({}, {"method": "entropy_bonus", "method_args": {"coef": 0.0}}):
         assert same(masked_gradients(policy, masked_rows, **off)[0], plain)
 
 
 def test_entropy_bonus_adds_the_gradient_of_the_mean_entropy(policy, request, masked_rows):
     """Against plain transformers in float64: d/dw of -0.3 x mean H over all response tokens, mini- and micro-batches apart."""
     source = request.getfixturevalue(request.node.callspec.params["policy"])
-    plain, with_bonus = (masked_gradients(policy, masked_rows, entropy_coef=c)[0] for c in (0.0, 0.3))
+    plain, with_bonus = (masked_gradients(policy, masked_rows, method="entropy_bonus", method_args={"coef": c})[0]
+                         for c in (0.0, 0.3))  # fmt: skip
     model = plain_model(source, torch.float64)
     h = torch.cat([plain_logp(model, r)[1] for r in masked_rows])
     (-0.3 * h.mean()).backward()
@@ -443,13 +440,11 @@ def test_entropy_bonus_adds_the_gradient_of_the_mean_entropy(policy, request, ma
     assert gap <= 1e-4                                   # a difference of two fp32 gradients
 
 
-def chosen_tokens(policy, rows, k, budget=128, **kwargs):
-    """cure.choose_by_covariance of all rows as minibatch k: {row: (chosen, cov)}."""
-    cfg = config(micro_batch_tokens=budget, **kwargs)
-    plan = partition([packed_length(r) for r in rows], 1, budget)
-    run = SimpleNamespace(policy=policy, rank=0, world=1)
-    found = cure.choose_by_covariance(run, cfg, rows, plan, (0, "stage", 1, k))
-    return [found[id(r)] for r in rows], len(plan[0])
+def chosen_tokens(policy, rows, k, method, budget=128, **kwargs):
+    """What the method's survey of all rows as minibatch k chose: [(chosen, cov) of each row], micro-batches."""
+    mini = one_minibatch(rows, budget)
+    loss_of(policy, config(method=method, method_args=kwargs), mini, k=k)
+    return [(r.survey["cov_share"], r.survey["cov"]) for r in rows], len(mini.here(0))
 
 
 @pytest.mark.parametrize("k", [0, 1])
@@ -460,13 +455,13 @@ def test_covariance_is_of_the_whole_minibatch_under_the_present_policy(policy, m
     a = np.repeat([r.advantage for r in masked_rows], [len(x) for x in logp])
     flat, old = np.concatenate(logp).astype(float), np.concatenate([r.old_logp for r in masked_rows])
     cov = (flat - flat.mean()) * (a - a.mean())
-    found, n = chosen_tokens(policy, masked_rows, k, loss_mode="kl_cov", cov_share=0.1)
+    found, n = chosen_tokens(policy, masked_rows, k, "kl_cov", cov_share=0.1)
     gap = np.abs(np.concatenate([c for _, c in found]) - cov).max()
     top = set(np.argsort(-cov, kind="stable")[: int(0.1 * len(cov))])
     picked = set(np.concatenate([c for c, _ in found]).nonzero()[0])
     print(f"minibatch {k}: covariance off by {gap:.1e}, {len(top)} of {len(cov)} tokens over {n} micro-batches")
     assert n > 1 and gap < 1e-4 and picked == top
-    found, _ = chosen_tokens(policy, masked_rows, k, loss_mode="clip_cov", cov_share=0.1, clip_cov_low=0.3, clip_cov_high=3.0)
+    found, _ = chosen_tokens(policy, masked_rows, k, "clip_cov", cov_share=0.1, cov_low=0.3, cov_high=3.0)
     picked, ratio = np.concatenate([c for c, _ in found]) > 0, np.exp(flat - old)
     eligible = (cov > 0.3) & (cov < 3) & ~((a > 0) & (ratio > 1.28)) & ~((a < 0) & (ratio < 0.8))
     assert not (picked & ~eligible).any() and picked.sum() == min(int(0.1 * len(cov)), eligible.sum()) > 0
@@ -474,8 +469,8 @@ def test_covariance_is_of_the_whole_minibatch_under_the_present_policy(policy, m
 
 @pytest.mark.parametrize("mode", ["clip_cov", "kl_cov"])
 def test_the_choice_does_not_depend_on_how_the_minibatch_is_cut(policy, masked_rows, mode):
-    cuts = {b: chosen_tokens(policy, masked_rows, 1, budget=b, loss_mode=mode, cov_share=0.1, clip_cov_low=0.2)
-            for b in (70, 128, 4096)}  # fmt: skip
+    args = {"cov_share": 0.1} | ({"cov_low": 0.2} if mode == "clip_cov" else {})
+    cuts = {b: chosen_tokens(policy, masked_rows, 1, mode, budget=b, **args) for b in (70, 128, 4096)}
     sizes = [n for _, n in cuts.values()]
     for found, _ in cuts.values():
         assert all(np.array_equal(x[0], y[0]) for x, y in zip(found, cuts[70][0], strict=True))
@@ -492,11 +487,13 @@ def test_left_over_groups_are_spread_and_never_get_a_step_of_their_own(fresh, ke
     for i, r in enumerate(rows):
         r.group = 3 * r.group + 1                       # the draw had groups in between, which were not kept
         r.reward, r.correct = [(1.0, True), (0.5, True), (-1.0, False)][i % 3]   # the second is right, but over-long
-    plan = cure.prepare(SimpleNamespace(policy=fresh, rank=0, world=1), config(prompts_per_minibatch=per_step), rows, {})
-    groups = [sorted({rows[i].group for rank in mini for mb in rank for i in mb}) for mini in plan]
+    plan = cure.cut_minibatches(config(prompts_per_minibatch=per_step), rows, 1) if rows else []
+    cure.set_advantages(SimpleNamespace(**cure.HOOKS), rows)
+    groups = [sorted({r.group for r in mini.rows}) for mini in plan]
     print(f"{kept} kept groups, {per_step} a step: {[len(g) for g in groups]}")
     assert [len(g) for g in groups] == sizes and sum(groups, []) == sorted({r.group for r in rows})       # in data order
-    members = sorted(i for mini in plan for rank in mini for mb in rank for i in mb)
+    places = {id(r): i for i, r in enumerate(rows)}
+    members = sorted(places[id(r)] for mini in plan for micro in mini.here(0) for r in micro)
     assert members == list(range(len(rows))), "every rollout once, groups whole"
     shaped = [0.80064, 0.32026, -1.12090]               # (1, 0.5, -1) - 1/6, over 1.04083: of the reward, not the accuracy
     assert [r.advantage for r in rows] == pytest.approx(shaped * kept, abs=1e-5)
@@ -755,9 +752,9 @@ VARIANTS = {
     "mask": {"entropy_mask_rho": 0.3},
     "mask of all": {"entropy_mask_rho": 0.3, "entropy_mask_norm": "all"},
     "small micro-batches": {"micro_batch_tokens": 70},
-    "clip_cov": {"loss_mode": "clip_cov", "cov_share": 0.05, "clip_cov_low": 0.2},
-    "kl_cov": {"loss_mode": "kl_cov", "cov_share": 0.05, "micro_batch_tokens": 70},
-    "entropy bonus": {"entropy_coef": 0.1, "agg": "sequence"},
+    "clip_cov": {"method": "clip_cov", "method_args": {"cov_share": 0.05, "cov_low": 0.2}},
+    "kl_cov": {"method": "kl_cov", "method_args": {"cov_share": 0.05}, "micro_batch_tokens": 70},
+    "entropy bonus": {"method": "entropy_bonus", "method_args": {"coef": 0.1}, "agg": "sequence"},
 }
 
 
@@ -766,15 +763,16 @@ def steps_of(policy, rank, world, variant):
     cfg = config(prompts_per_minibatch=3, **VARIANTS[variant])
     rows = ragged(28, 11, 25, per_group=4)
     run = SimpleNamespace(policy=policy, rank=rank, world=world)
-    plan = cure.prepare(run, cfg, rows, {})
+    plan = cure.cut_minibatches(cfg, rows, world)
+    cure.score(run, cfg, plan)
+    cure.set_advantages(SimpleNamespace(**cure.HOOKS), rows)
     rng = np.random.default_rng(0)
     for r in rows:                                      # as after an optimizer step: ratios apart from 1, some clipped
         r.old_logp = r.old_logp + rng.normal(0, 0.3, len(r.old_logp)).astype(np.float32)
     out = []
     for k, mini in enumerate(plan):
-        loss_fn = cure.minibatch_loss(run, cfg, rows, mini, (0, "stage", 1, k), {"gap": 0.0})
-        out.append(gradients(policy, [[rows[i] for i in mb] for mb in mini[rank]], loss_fn))
-    return out, [[len(mb) for mb in mini] for mini in plan], [r.old_logp for r in rows]
+        out.append(gradients(policy, mini.here(rank), loss_of(policy, cfg, mini, k=k, rank=rank, world=world)))
+    return out, [[len(mb) for mb in mini.cut] for mini in plan], [r.old_logp for r in rows]
 
 
 def rank_job(rank, world, device, source, out):
@@ -896,14 +894,14 @@ def hf_config(size):
 
 @pytest.mark.parametrize("size, world, keeps", [("7b", 8, 10.6), ("1.5b", 1, 17.3), ("1.5b", 8, 2.2)])
 def test_engine_share_leaves_room_for_what_the_trainer_keeps(size, world, keeps):
-    cfg = config(micro_batch_tokens=16384, max_prompt_tokens=1500, max_response_tokens=2596, head_chunk=1024)
+    cfg = config(micro_batch_tokens=16384, max_prompt_tokens=1500, max_response_tokens=2596)
     share, report = engine_share(cfg, hf_config(size), world, 79.6 * GIB)
     assert f"trainer keeps {keeps}" in report                   # 12 bytes x 7.6e9 / 8 = 10.6 GiB
     assert 0.5 < share and share * 79.6 + keeps + 3 < 79.6
 
 
 def test_a_model_that_cannot_fit_and_a_share_that_is_too_large_are_refused_by_name():
-    cfg = config(micro_batch_tokens=16384, max_prompt_tokens=1500, max_response_tokens=2596, head_chunk=1024)
+    cfg = config(micro_batch_tokens=16384, max_prompt_tokens=1500, max_response_tokens=2596)
     with pytest.raises(ValueError, match="^model: does not fit"):
         engine_share(cfg, hf_config("7b"), 1, 79.6 * GIB)
     cfg.gpu_memory_utilization = 0.9
@@ -920,11 +918,10 @@ def test_the_chosen_tokens_get_the_gradient_of_clip_cov_and_kl_cov(mode):
         rows.append(Rollout([1, 2], [], list(range(5 + i)), old_logp=-rng.random(5 + i).astype(np.float32)))
         rows[i].advantage = [1.5, -0.5, -0.5, -0.5][i]
     old, a = np.concatenate([r.old_logp for r in rows]), np.repeat([r.advantage for r in rows], [5, 6, 7, 8])
-    cfg = Config(loss_mode=mode, cov_share=0.2, clip_cov_low=-9, kl_cov_coef=0.1)
-    run, mini, seed = SimpleNamespace(policy=None, rank=0, world=1), [[[0, 1], [2, 3]]], (0, "s", 1, 0)
-    picked = np.concatenate([cure.choose_by_covariance(run, cfg, rows, mini, seed)[id(r)][0] for r in rows]) > 0
+    args = {"clip_cov": {"cov_low": -9.0}, "kl_cov": {"coef": 0.1}}[mode] | {"cov_share": 0.2}
+    loss_fn = loss_of(None, Config(method=mode, method_args=args), cure.Minibatch(rows, [[[0, 1], [2, 3]]]))
+    picked = np.concatenate([r.survey["cov_share"] for r in rows]) > 0
     assert picked.sum() == 5                                        # int(0.2 x 26)
-    loss_fn = cure.minibatch_loss(run, cfg, rows, mini, seed, {"gap": 0.0})
     new = old + rng.normal(0, 0.3, 26).astype(np.float32)
     logp = torch.tensor(new, requires_grad=True)
     for mb, part in ((rows[:2], logp[:11]), (rows[2:], logp[11:])):

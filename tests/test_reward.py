@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import reward
 from lib.pool import ALARM_MARGIN_S, VerifierPool, Worker, literals_only
-from reward import INVALID, normalise, overlong_penalty, score, self_test
+from reward import INVALID, normalise, overlong_penalty, self_test, verdict
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT.parent / "shared" / "data" / "benchmarks"
@@ -35,7 +35,7 @@ TOWER = r"\boxed{9^{9^{9^9}}}"
      "Answer:\n34", "Answer: $34$ or $35$"],
 )  # fmt: skip
 def test_dapo_accepts_the_forms_of_34(text):
-    assert score("We add them up.\n" + text, "34") == (*RIGHT, "34")
+    assert verdict("We add them up.\n" + text, "34") == (*RIGHT, "34")
 
 
 @pytest.mark.parametrize(
@@ -44,24 +44,24 @@ def test_dapo_accepts_the_forms_of_34(text):
      "Answer: 34.0", "Answer: 34" + " " * 301, "Answer: 34\n" + "x" * 300, "Answer: 34\nAnswer: 35", "", "Answer:"],
 )  # fmt: skip
 def test_dapo_rejects_what_verl_rejects(text):
-    assert score(text, "34")[:2] == WRONG
+    assert verdict(text, "34")[:2] == WRONG
 
 
 def test_dapo_drops_the_commas_of_a_number_on_both_sides():
-    assert score("Answer: 1,234", "1234")[:2] == score("Answer: 1234", "1,234")[:2] == RIGHT
-    assert score("Answer: (1,234)", "(1234)")[:2] == WRONG  # only where nothing but digits and commas is left
+    assert verdict("Answer: 1,234", "1234")[:2] == verdict("Answer: 1234", "1,234")[:2] == RIGHT
+    assert verdict("Answer: (1,234)", "(1234)")[:2] == WRONG  # only where nothing but digits and commas is left
 
 
 def test_dapo_sees_exactly_the_last_300_characters():
-    assert score("Answer: 34" + "\n" * 290, "34")[1] and not score("Answer: 34" + "\n" * 291, "34")[1]
+    assert verdict("Answer: 34" + "\n" * 290, "34")[1] and not verdict("Answer: 34" + "\n" * 291, "34")[1]
 
 
 def test_dapo_normalises_the_gold_answer_as_well():
-    assert score("Answer: 12", "12 cm")[1] and score(r"Answer: \frac{1}{2}", r"x = \frac12")[1]
+    assert verdict("Answer: 12", "12 cm")[1] and verdict(r"Answer: \frac{1}{2}", r"x = \frac12")[1]
 
 
 def test_a_response_without_an_answer_line_reads_invalid():
-    assert score("no idea", "34") == (*WRONG, INVALID)
+    assert verdict("no idea", "34") == (*WRONG, INVALID)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_dapo_verdict_is_equality_of_the_normal_forms_of_the_last_answer_line(st
     lines = re.findall(r"(?i)Answer\s*:\s*([^\n]+)", (start + text)[-300:])
     answer = oracle_normalise(lines[-1]) if lines else INVALID
     correct = answer == oracle_normalise(gold)
-    assert score(start + text, gold) == (1.0 if correct else -1.0, correct, answer)
+    assert verdict(start + text, gold) == (1.0 if correct else -1.0, correct, answer)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -173,13 +173,13 @@ def test_dapo_verdict_is_equality_of_the_normal_forms_of_the_last_answer_line(st
      (r"$\boxed{1,234}$" + " more" * 500, "1234", "1234"), (r"\boxed{x = 34}", "34", "34")],
 )  # fmt: skip
 def test_boxed_reads_the_last_box_at_any_distance(text, gold, answer):
-    assert score(text, gold, "boxed") == (*RIGHT, answer)
+    assert verdict(text, gold, "boxed") == (*RIGHT, answer)
 
 
 @pytest.mark.parametrize("text", ["34", "Answer: 34", r"\boxed{34", r"\boxed{34} or \boxed{3", r"\boxed 34", ""])
 def test_boxed_without_a_closed_last_box_reads_invalid(text):
-    assert score(text, "34", "boxed") == (*WRONG, INVALID)
-    assert score(text, INVALID, "boxed")[1] is False
+    assert verdict(text, "34", "boxed") == (*WRONG, INVALID)
+    assert verdict(text, INVALID, "boxed")[1] is False
 
 
 @settings(max_examples=300, deadline=None)
@@ -196,15 +196,15 @@ def test_last_boxed_matches_braces_as_a_counter_does(before, after):
 
 def test_a_box_longer_than_any_answer_is_invalid():
     longest = "7" * reward.MAX_ANSWER_CHARS
-    assert score(rf"\boxed{{{longest}}}", longest, "boxed")[1]
-    assert score(rf"\boxed{{{longest}7}}", longest + "7", "boxed") == (*WRONG, INVALID)
+    assert verdict(rf"\boxed{{{longest}}}", longest, "boxed")[1]
+    assert verdict(rf"\boxed{{{longest}7}}", longest + "7", "boxed") == (*WRONG, INVALID)
 
 
 @pytest.mark.parametrize("verifier", ["dapo", "boxed"])
 @pytest.mark.parametrize("gold, text", [("55", r"\sum_{i=1}^{10} i"), ("1024", "2^{10}"), ("120", r"\binom{10}{3}")])
 def test_an_unevaluated_restatement_earns_nothing(verifier, gold, text):
     for form in (rf"\boxed{{{text}}}", rf"Answer: \boxed{{{text}}}", f"Answer: ${text}$", f"Answer: {text}"):
-        assert score(form, gold, verifier)[:2] == WRONG
+        assert verdict(form, gold, verifier)[:2] == WRONG
 
 
 def test_text_verifiers_do_not_slow_down_on_a_megabyte():
@@ -214,7 +214,7 @@ def test_text_verifiers_do_not_slow_down_on_a_megabyte():
         for text in (bulk, r"\boxed{" + bulk, r"\boxed{" + bulk + "}", "Answer: " + bulk, bulk + "}\nAnswer: " + bulk):
             for verifier in ("dapo", "boxed"):
                 start = time.perf_counter()
-                assert score(text, "no such gold", verifier)[:2] == WRONG
+                assert verdict(text, "no such gold", verifier)[:2] == WRONG
                 slowest = max(slowest, time.perf_counter() - start)
     print(f"slowest verdict on 1 MB: {1e3 * slowest:.1f} ms")
     assert slowest < 0.5
@@ -224,13 +224,13 @@ def test_text_verifiers_do_not_slow_down_on_a_megabyte():
 @given(st.text(), st.text(), st.sampled_from(["dapo", "boxed"]))
 def test_text_verifiers_take_any_unicode(text, gold, verifier):
     for form in (text, "Answer: " + text, r"\boxed{" + text + "}"):
-        points, correct, answer = score(form, gold, verifier)
+        points, correct, answer = verdict(form, gold, verifier)
         assert points == (1.0 if correct else -1.0) and isinstance(answer, str)
 
 
 def test_an_unknown_verifier_names_the_key():
     with VerifierPool() as pool:
-        for call, *args in ((score, "", "", "dappo"), (pool.score_all, [], "dappo"), (self_test, "dappo", pool)):
+        for call, *args in ((verdict, "", "", "dappo"), (pool.verdicts, [], "dappo"), (self_test, "dappo", pool)):
             with pytest.raises(ValueError, match="verifier: unknown 'dappo'"):
                 call(*args)
 
@@ -280,9 +280,9 @@ UNEQUAL = [
 
 
 def test_math_verify_judges_the_same_in_this_process_and_in_the_pool(pool):
-    verdicts, counts = pool.score_all(EQUAL + UNEQUAL, "math_verify")
+    verdicts, counts = pool.verdicts(EQUAL + UNEQUAL, "math_verify")
     assert [v[:2] for v in verdicts] == [RIGHT] * len(EQUAL) + [WRONG] * len(UNEQUAL)
-    assert verdicts == [score(text, gold, "math_verify") for text, gold in EQUAL + UNEQUAL]
+    assert verdicts == [verdict(text, gold, "math_verify") for text, gold in EQUAL + UNEQUAL]
     assert counts == {"reward/timeout": 0, "reward/crash": 0, "reward/parse_fail": 6}  # the last six
 
 
@@ -309,24 +309,24 @@ GOLDS = [  # what math-verify alone would judge otherwise, from real golds: (res
 
 @pytest.mark.parametrize(("text", "gold", "right"), GOLDS)
 def test_golds_as_the_benchmarks_write_them(text, gold, right):
-    assert score(text, gold, "math_verify")[1] is right
+    assert verdict(text, gold, "math_verify")[1] is right
 
 
 @pytest.mark.parametrize("answer", ["73", "073", "(73)", "73.0", r"\textbf{(073)}", r"\mathbf{73}", "x = 73", r"73^\circ"])
 def test_an_integer_may_be_written_like_this(answer):
-    assert score(rf"\boxed{{{answer}}}", "73", "integer")[1]
+    assert verdict(rf"\boxed{{{answer}}}", "73", "integer")[1]
 
 
 @pytest.mark.parametrize("answer", ["730", "-73", "73.5", "7 3 0", "0.73", "74", "{", ""])
 def test_another_number_is_another_integer(answer):
-    assert not score(rf"\boxed{{{answer}}}", "73", "integer")[1]
+    assert not verdict(rf"\boxed{{{answer}}}", "73", "integer")[1]
 
 
 def test_math_verify_in_this_process_sets_no_signal():
     before, ours = signal.getsignal(signal.SIGALRM), lambda *_: None
     signal.signal(signal.SIGALRM, ours)
     try:
-        score(r"\boxed{34}", "34", "math_verify")
+        verdict(r"\boxed{34}", "34", "math_verify")
         assert signal.getsignal(signal.SIGALRM) is ours and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
     finally:
         signal.signal(signal.SIGALRM, before)
@@ -349,7 +349,7 @@ def test_math_verify_accepts_gold_answers_of_the_benchmarks(pool):
     for name, key, step in (("math500", "answer", 5), ("olympiadbench", "final_answer", 12), ("aime25", "answer", 3)):
         rows = [json.loads(line)[key] for line in (BENCHMARKS / f"{name}.jsonl").read_text().splitlines()[::step]]
         golds += [str(row[0] if isinstance(row, list) else row) for row in rows]
-    verdicts, _ = pool.score_all([(rf"so it is $\boxed{{{gold}}}$.", gold) for gold in golds], "math_verify")
+    verdicts, _ = pool.verdicts([(rf"so it is $\boxed{{{gold}}}$.", gold) for gold in golds], "math_verify")
     misjudged = [gold for gold, verdict in zip(golds, verdicts) if not verdict[1]]
     print(f"{len(golds)} gold answers, {len(misjudged)} misjudged")
     assert len(golds) > 150 and not misjudged
@@ -413,7 +413,7 @@ def hostile_answers(canary):
 
 def check_hostile(texts, timeout_s, at_least_counted, canary):
     with TimedPool(workers=2, timeout_s=timeout_s, memory_mb=1024) as pool:
-        verdicts, counts = pool.score_all([(text, "34") for text in texts], "math_verify")
+        verdicts, counts = pool.verdicts([(text, "34") for text in texts], "math_verify")
         assert [v[:2] for v in verdicts] == [WRONG] * len(texts)
         marks = [v[2] for v in verdicts]
         assert list(counts.values()) == [marks.count(m) for m in ("[TIMEOUT]", "[CRASH]", INVALID)]
@@ -423,11 +423,11 @@ def check_hostile(texts, timeout_s, at_least_counted, canary):
         print(f"{len(texts)} hostile answers: {counts}, slowest {slowest:.2f} s, {max(pool.peak_mb):.0f} MiB")
         for _ in range(3 if late else 0):  # a machine busy with other work stretches any time: late is who is so every time
             pool.seconds.clear()
-            pool.score_all([(text, "34") for text in late], "math_verify")
+            pool.verdicts([(text, "34") for text in late], "math_verify")
             late = [late[job] for job, s in pool.seconds.items() if s >= timeout_s + 1.0]
         assert not late
         assert max(pool.peak_mb) <= 1024
-        assert pool.score_all([(r"\boxed{34}", "34")], "math_verify")[0] == [(*RIGHT, "34")]
+        assert pool.verdicts([(r"\boxed{34}", "34")], "math_verify")[0] == [(*RIGHT, "34")]
     assert not canary.exists()
 
 
@@ -448,7 +448,7 @@ def test_forty_hostile_answers_are_wrong_counted_and_on_time(tmp_path):
 def test_hostile_answers_are_wrong_for_the_text_verifiers_too(verifier, tmp_path):
     texts = hostile_answers(tmp_path / "canary")
     with VerifierPool() as pool:
-        verdicts, _ = pool.score_all([(text, "34") for text in texts], verifier)
+        verdicts, _ = pool.verdicts([(text, "34") for text in texts], verifier)
         assert not pool.workers
     assert [v[:2] for v in verdicts] == [WRONG] * len(texts) and not (tmp_path / "canary").exists()
 
@@ -456,10 +456,10 @@ def test_hostile_answers_are_wrong_for_the_text_verifiers_too(verifier, tmp_path
 def test_verdicts_keep_the_order_of_the_answers(pool):
     pairs = [(rf"\boxed{{{i}}}", str(i if i % 3 else i + 1)) for i in range(60)]
     pairs[0:0] = [(r"\boxed{(x+1)^{12}(x-1)^{12}}", "(x^2-1)^{12}")]  # slow, so that the others overtake it
-    verdicts, counts = pool.score_all(pairs, "math_verify")
+    verdicts, counts = pool.verdicts(pairs, "math_verify")
     assert verdicts[0][:2] == RIGHT and not any(counts.values())
     assert [(v[1], v[2]) for v in verdicts[1:]] == [(i % 3 != 0, str(i)) for i in range(60)]
-    assert pool.score_all([("Answer: 1", "1"), ("Answer: 1", "2"), ("", "1")], "dapo") == (
+    assert pool.verdicts([("Answer: 1", "1"), ("Answer: 1", "2"), ("", "1")], "dapo") == (
         [(*RIGHT, "1"), (*WRONG, "1"), (*WRONG, INVALID)],
         {"reward/timeout": 0, "reward/crash": 0, "reward/parse_fail": 1},
     )
@@ -468,14 +468,14 @@ def test_verdicts_keep_the_order_of_the_answers(pool):
 @pytest.mark.parametrize("verifier", reward.VERIFIERS)
 def test_an_empty_list_starts_no_worker(verifier):
     with VerifierPool() as pool:
-        assert pool.score_all([], verifier) == ([], dict.fromkeys(reward.COUNTS, 0)) and not pool.workers
+        assert pool.verdicts([], verifier) == ([], dict.fromkeys(reward.COUNTS, 0)) and not pool.workers
 
 
 def test_text_verifiers_start_no_worker_for_a_step_of_16384_rows():
     rows = [("reason " * 500 + "\nAnswer: $\\frac{1}{2}$", r"\frac12"), ("x" * 3000 + r"\boxed{1,234}", "1234")] * 8192
     with VerifierPool() as pool:
         for verifier in ("dapo", "boxed"):
-            verdicts, counts = pool.score_all(rows, verifier)
+            verdicts, counts = pool.verdicts(rows, verifier)
             assert sum(v[1] for v in verdicts) == counts["reward/parse_fail"] == 8192
         assert not pool.workers
 
@@ -488,7 +488,7 @@ def test_a_killed_worker_is_a_crash_and_the_pool_lives_on():
                 worker.process.kill()
 
     with Assassin(workers=1, timeout_s=20.0) as pool:
-        verdicts, counts = pool.score_all([(r"\boxed{1}", "1"), (TOWER, "1"), (r"\boxed{1}", "1")], "math_verify")
+        verdicts, counts = pool.verdicts([(r"\boxed{1}", "1"), (TOWER, "1"), (r"\boxed{1}", "1")], "math_verify")
     assert verdicts == [(*RIGHT, "1"), (*WRONG, "[CRASH]"), (*RIGHT, "1")]
     assert counts == {"reward/timeout": 0, "reward/crash": 1, "reward/parse_fail": 0}
 
@@ -497,7 +497,7 @@ def test_a_killed_worker_is_a_crash_and_the_pool_lives_on():
 def test_an_answer_that_breaks_the_memory_limit_is_a_crash():
     with VerifierPool(workers=1, timeout_s=20.0, memory_mb=128) as pool:
         pairs = [(r"\boxed{1}", "1"), ("x" * 50_000_000, "1"), (r"\boxed{1}", "1")]
-        verdicts, counts = pool.score_all(pairs, "math_verify")
+        verdicts, counts = pool.verdicts(pairs, "math_verify")
         limits = resource.prlimit(pool.workers[0].process.pid, resource.RLIMIT_AS)
     assert verdicts == [(*RIGHT, "1"), (*WRONG, "[CRASH]"), (*RIGHT, "1")] and counts["reward/crash"] == 1
     assert limits == (128 * 2**20, 128 * 2**20)
@@ -505,18 +505,18 @@ def test_an_answer_that_breaks_the_memory_limit_is_a_crash():
 
 def test_a_worker_that_died_between_calls_costs_no_answer():
     with VerifierPool(workers=2, timeout_s=20.0) as pool:
-        pool.score_all(EQUAL, "math_verify")
+        pool.verdicts(EQUAL, "math_verify")
         for worker in pool.workers:
             worker.process.kill()
             worker.process.wait()
-        verdicts, counts = pool.score_all(EQUAL, "math_verify")
+        verdicts, counts = pool.verdicts(EQUAL, "math_verify")
     assert all(v[1] for v in verdicts) and not any(counts.values())
 
 
 def test_workers_persist_and_do_not_share_the_terminal_session(pool):
-    pool.score_all(EQUAL, "math_verify")
+    pool.verdicts(EQUAL, "math_verify")
     before = [w.process.pid for w in pool.workers]
-    pool.score_all(EQUAL, "math_verify")
+    pool.verdicts(EQUAL, "math_verify")
     assert before and before == [w.process.pid for w in pool.workers][: len(before)]
     assert all(os.getsid(pid) != os.getsid(0) for pid in before)
 
@@ -533,14 +533,14 @@ def test_an_interrupt_leaves_no_stale_verdict_behind():
 
     with Interrupted(workers=1, timeout_s=20.0) as pool:
         with pytest.raises(KeyboardInterrupt):
-            pool.score_all([(r"\boxed{1}", "1")], "math_verify")
+            pool.verdicts([(r"\boxed{1}", "1")], "math_verify")
         assert not pool.workers
-        assert pool.score_all([(r"\boxed{2}", "2")], "math_verify")[0] == [(*RIGHT, "2")]
+        assert pool.verdicts([(r"\boxed{2}", "2")], "math_verify")[0] == [(*RIGHT, "2")]
 
 
 def test_close_ends_all_workers_and_may_be_called_twice():
     pool = VerifierPool(workers=2, timeout_s=20.0)
-    pool.score_all(EQUAL, "math_verify")
+    pool.verdicts(EQUAL, "math_verify")
     processes = [w.process for w in pool.workers]
     pool.close()
     pool.close()
@@ -551,13 +551,13 @@ def test_close_ends_all_workers_and_may_be_called_twice():
 def test_workers_that_cannot_start_are_an_error_and_no_endless_loop():
     with VerifierPool(workers=1, memory_mb=40) as pool:
         with pytest.raises(RuntimeError, match="3 workers in a row did not start.*memory_mb=40"):
-            pool.score_all([(r"\boxed{1}", "1")], "math_verify")
+            pool.verdicts([(r"\boxed{1}", "1")], "math_verify")
 
 
 def test_a_worker_that_never_gets_ready_is_an_error(monkeypatch):
     monkeypatch.setattr("lib.pool.START_LIMIT_S", 0.01)
     with VerifierPool(workers=1) as pool, pytest.raises(RuntimeError, match="did not start"):
-        pool.score_all([(r"\boxed{1}", "1")], "math_verify")
+        pool.verdicts([(r"\boxed{1}", "1")], "math_verify")
 
 
 @pytest.fixture
@@ -623,7 +623,7 @@ class Noisy(VerifierPool):
         if worker.job is not None and not worker.outbox:
             print(worker.process.pid, flush=True)  # it has its job
 pool = Noisy(workers=1, timeout_s=2.0)
-pool.score_all([(sys.argv[1], "34")], "math_verify")
+pool.verdicts([(sys.argv[1], "34")], "math_verify")
 print("done", flush=True)
 sys.stdin.read()
 """
@@ -648,7 +648,7 @@ def test_kill_9_of_the_parent_leaves_no_orphan_idle_or_busy(text, limit_s):
 
 def test_reward_starts_light():
     heavy = "{'torch', 'transformers', 'sympy', 'math_verify', 'numpy'} & set(sys.modules)"
-    code = f"import sys, reward; reward.score('Answer: 1', '1'); assert not {heavy}, {heavy}"
+    code = f"import sys, reward; reward.verdict('Answer: 1', '1'); assert not {heavy}, {heavy}"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
@@ -669,7 +669,7 @@ def test_self_test_passes_with_every_verifier(verifier, pool):
 @pytest.mark.parametrize("verifier", reward.VERIFIERS)
 def test_self_test_refuses_a_verifier_that_says_always_wrong_or_always_right(verifier):
     class Stuck:
-        def score_all(self, pairs, verifier):
+        def verdicts(self, pairs, verifier):
             return [(*self.verdict, "34")] * len(pairs), {}
 
     for Stuck.verdict, said in ((WRONG, "wrong, which is right"), (RIGHT, "right, which is wrong")):

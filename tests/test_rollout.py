@@ -4,6 +4,8 @@ import itertools
 import os
 import random
 import zlib
+from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,10 +27,12 @@ from rollout import (
     allowed_tokens,
     clause_start,
     collect,
-    critical_candidates,
+    critical_tokens,
+    grade,
     pick_critical,
+    random_tokens,
     sample_round,
-    score_rollouts,
+    sampling_metrics,
 )
 
 STOP = 1
@@ -42,7 +46,7 @@ def config(**kwargs):
     return Config(**{
         "n1": 2, "n2": 3, "critical_top_k": 4, "min_token_chars": 1, "max_prompt_tokens": 16, "max_response_tokens": 12,
         "prompts_per_step": 4, "prompts_per_round": 6, "prompts_per_minibatch": 2, "max_rounds": 3, "overlong_buffer": 0,
-        "micro_batch_tokens": 256, "head_chunk": 64, "engine_rows": 64, "lr": 1e-3, **kwargs,
+        "micro_batch_tokens": 256, "engine_rows": 64, "lr": 1e-3, **kwargs,
     })  # fmt: skip
 
 
@@ -68,6 +72,14 @@ def brute_force(entropy, tokens, allowed, top_k, budget):
     return pool
 
 
+def pick(entropy, tokens, allowed, top_k, budget, generator=None, mode="entropy"):
+    """(t*, candidates) of one response, as sample_branches finds them."""
+    r = Rollout([], [], list(tokens), entropy=np.float32(entropy))
+    order = critical_tokens(r, allowed) if mode == "entropy" else random_tokens(r, allowed)
+    t, pool = pick_critical(order, top_k if mode == "entropy" else None, budget, generator or gen(0))
+    return t, pool.tolist()
+
+
 def random_row(rng):
     n, vocab = rng.randint(1, 60), 30
     entropy = np.float32([round(rng.random() * 3, 1) if rng.random() < 0.5 else rng.random() * 3 for _ in range(n)])
@@ -80,9 +92,8 @@ def test_picker_agrees_with_brute_force_on_1000_random_rows():
     for seed in range(1000):
         row = random_row(rng)
         pool = brute_force(*row)
-        assert critical_candidates(*row).tolist() == pool
-        t = pick_critical(*row, gen(seed))
-        assert t == (pool[int(torch.randint(len(pool), (1,), generator=gen(seed)))] if pool else 0)
+        t = pool[int(torch.randint(len(pool), (1,), generator=gen(seed)))] if pool else None
+        assert pick(*row, gen(seed)) == (t, pool)
         fallbacks += not pool
     print(f"1000 rows, {fallbacks} of them without a valid position: all as by brute force")
     assert 50 < fallbacks < 500
@@ -97,14 +108,12 @@ def rows(draw):
     return entropy, tokens, allowed, draw(st.integers(1, 12)), draw(st.integers(0, 40))
 
 
-@given(rows(), st.integers(0, 2**62), st.sampled_from(["entropy", "random", "none"]))
+@given(rows(), st.integers(0, 2**62), st.sampled_from(["entropy", "random"]))
 @settings(deadline=None)
-def test_pick_is_never_past_the_end_nor_over_budget_nor_position_0_but_for_the_fallback(row, seed, mode):
+def test_pick_is_never_past_the_end_nor_over_budget_nor_position_0(row, seed, mode):
     entropy, tokens, allowed, top_k, budget = row
-    pool = critical_candidates(*row, mode).tolist()
-    t = pick_critical(*row, gen(seed), mode)
-    assert t == pick_critical(np.float32(entropy), torch.tensor(tokens), allowed, top_k, budget, gen(seed), mode)
-    assert t in pool if pool else t == 0
+    t, pool = pick(*row, gen(seed), mode)
+    assert t in pool if pool else t is None
     assert len(pool) == len(set(pool)) and (mode != "entropy" or len(pool) <= top_k)
     for p in pool:
         assert 0 < p < len(tokens) and p <= budget and allowed[tokens[p]]
@@ -114,29 +123,35 @@ def test_pick_is_never_past_the_end_nor_over_budget_nor_position_0_but_for_the_f
         assert pool == sorted(pool, key=lambda p: (-entropy[p], p))       # of equal entropies the lower position first
         assert all(entropy[p] <= min(entropy[q] for q in pool) for p in valid if p not in pool)
     else:
-        assert pool == (valid if mode == "random" else [])
+        assert pool == valid
 
 
 def test_twenty_valid_positions_are_collected_not_the_valid_ones_among_twenty():
     entropy = torch.arange(60, 0, -1.0)
     tokens = [0] * 30 + [1] * 30                        # the 30 most uncertain are not allowed
     allowed = torch.tensor([False, True])
-    assert critical_candidates(entropy, tokens, allowed, 20, 100).tolist() == list(range(30, 50))
+    assert pick(entropy, tokens, allowed, 20, 100)[1] == list(range(30, 50))
 
 
 def test_budget_admits_the_position_it_names_and_none_beyond():
     entropy, tokens, allowed = [1.0] * 8, [0] * 8, torch.tensor([True])
-    assert critical_candidates(entropy, tokens, allowed, 20, 3).tolist() == [1, 2, 3]
-    assert critical_candidates(entropy, tokens, allowed, 20, 0).tolist() == []
-    assert critical_candidates(entropy, tokens, allowed, 20, -1).tolist() == []
+    assert pick(entropy, tokens, allowed, 20, 3)[1] == [1, 2, 3]
+    assert pick(entropy, tokens, allowed, 20, 0) == (None, [])
+    assert pick(entropy, tokens, allowed, 20, -1) == (None, [])
+
+
+def test_a_rule_that_names_position_0_branches_there():
+    """No critical token is None, so 0 is a place like any other."""
+    t, pool = pick_critical(torch.tensor([0, 3]), 1, 9, gen(0))
+    assert (t, pool.tolist()) == (0, [0])
 
 
 @pytest.mark.parametrize("mode", ["entropy", "random"])
 def test_pick_is_uniform_over_the_pool(mode):
     entropy, tokens, allowed = list(range(12)), [0] * 12, torch.tensor([True])
-    pool = critical_candidates(entropy, tokens, allowed, 5, 100, mode).tolist()
-    g = gen(0)
-    counts = np.bincount([pick_critical(entropy, tokens, allowed, 5, 100, g, mode) for _ in range(4000)], minlength=12)
+    g, row = gen(0), (entropy, tokens, allowed, 5, 100)
+    pool = pick(*row, mode=mode)[1]
+    counts = np.bincount([pick(*row, g, mode)[0] for _ in range(4000)], minlength=12)
     expected = 4000 / len(pool)
     assert set(counts.nonzero()[0]) == set(pool) and len(pool) == (5 if mode == "entropy" else 11)
     assert np.abs(counts[pool] - expected).max() < 5 * expected**0.5
@@ -144,13 +159,8 @@ def test_pick_is_uniform_over_the_pool(mode):
 
 def test_picking_does_not_touch_the_global_generator():
     before = torch.get_rng_state()
-    pick_critical([1.0, 2.0, 3.0], [0, 0, 0], torch.tensor([True]), 5, 9, gen(0))
+    pick([1.0, 2.0, 3.0], [0, 0, 0], torch.tensor([True]), 5, 9, gen(0))
     assert torch.equal(before, torch.get_rng_state())
-
-
-def test_unknown_mode_is_refused_by_name():
-    with pytest.raises(ValueError, match="critical.*lowest"):
-        critical_candidates([1.0], [0], torch.tensor([True]), 1, 1, "lowest")
 
 
 def test_special_stop_short_and_unknown_tokens_may_not_be_critical():
@@ -485,7 +495,7 @@ class Rule:
     def __init__(self, right=lambda text, gold: zlib.crc32(text.encode()) % 2 == 0):
         self.right, self.seen = right, []
 
-    def score_all(self, pairs, verifier):
+    def verdicts(self, pairs, verifier):
         self.seen += pairs
         right = [self.right(text, gold) for text, gold in pairs]
         verdicts = [(1.0 if ok else -1.0, ok, text[-1:]) for ok, (text, _) in zip(right, pairs, strict=True)]
@@ -497,13 +507,13 @@ def task_of(folder, n=12, rule=None, vocab=25, stop=(STOP,)):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     some = data.load_prompts(f"{folder}/train.jsonl", tokenizer, "raw", 64, limit=n)[0]
     return Task("stage1", some, data.PromptStream(len(some), "0/stage1"), tokenizer, allowed_tokens(tokenizer, vocab, 1, stop),
-                rule or Rule())  # fmt: skip
+                rule or Rule(), method=SimpleNamespace(critical_tokens=critical_tokens))  # fmt: skip
 
 
 def one_round(pair, task, cfg, draw_ids, ordinal=None, step=1):
-    metrics = {"branch": {"candidates": 0, "over_budget": 0}, "reward": {}}
+    counts, clock = Counter(), {}
     ordinal = list(range(len(draw_ids))) if ordinal is None else ordinal
-    return sample_round(cfg, pair[1], pair[0], task, step, draw_ids, ordinal, metrics), metrics
+    return sample_round(cfg, pair[1], pair[0], task, step, draw_ids, ordinal, counts, clock), counts | clock
 
 
 def families(rollouts, cfg):
@@ -532,7 +542,7 @@ def test_a_group_is_n1_base_rollouts_then_n2_branches_of_each(sampled):
     for r in rollouts:
         assert r.prompt_ids == next(p.ids for p in task.prompts if p.id == r.prompt_id)
         assert 1 <= len(r.response_ids) <= cfg.max_response_tokens and len(r.engine_logp) == len(r.response_ids)
-        assert (r.parent >= 0) == (r.t_star >= 0)
+        assert r.parent >= 0 or r.t_star is None
 
 
 def test_a_branch_starts_with_its_parents_first_t_star_tokens_and_drops_the_critical_one(sampled):
@@ -541,9 +551,9 @@ def test_a_branch_starts_with_its_parents_first_t_star_tokens_and_drops_the_crit
     for base, branches in families(rollouts, cfg):
         assert base.prefix_ids == [] and len(branches) == cfg.n2
         for b in branches:
-            assert b.prefix_ids == base.response_ids[: b.t_star] and b.t_star == branches[0].t_star
-            assert b.t_star in base.candidates if base.candidates else b.t_star == 0
-            assert b.h_star == pytest.approx(float(base.entropy[b.t_star]))
+            assert b.prefix_ids == base.response_ids[: b.t_star or 0] and b.t_star == branches[0].t_star
+            assert b.t_star in base.candidates if base.candidates else b.t_star is None
+            assert b.h_star == pytest.approx(float(base.entropy[b.t_star])) if base.candidates else np.isnan(b.h_star)
             depths.add(b.t_star)
     assert len(depths) > 2
 
@@ -559,7 +569,7 @@ def test_t_star_honours_the_prompt_budget_and_comes_from_the_trainers_entropies(
         assert all(len(b.prompt_ids + b.prefix_ids) <= cfg.max_prompt_tokens for b in branches)
         unlimited = brute_force(base.entropy, base.response_ids, task.allowed, cfg.critical_top_k, 99)
         free, over = free + len(unlimited), over + sum(t > budget for t in unlimited)
-    assert metrics["branch"] == {"candidates": free, "over_budget": over} and 0 < over < free
+    assert (metrics["candidates"], metrics["over_budget"]) == (free, over) and 0 < over < free
 
 
 def test_the_loss_mask_covers_exactly_the_new_tokens(sampled):
@@ -586,13 +596,12 @@ def test_every_sample_has_a_seed_of_its_own_and_branches_of_one_parent_differ(sa
 
 def test_the_verifier_reads_prefix_and_response_but_not_the_prompt(sampled):
     _, task, rollouts, metrics = sampled
-    assert [text for text, _ in task.verifiers.seen] == [r.text for r in rollouts]
     gold = {p.id: p.answer for p in task.prompts}
-    assert [g for _, g in task.verifiers.seen] == [gold[r.prompt_id] for r in rollouts]
+    assert sorted(task.verifiers.seen) == sorted((r.text, gold[r.prompt_id]) for r in rollouts)
     for r in rollouts:
         assert r.text == task.tokenizer.decode(r.prefix_ids + r.response_ids, skip_special_tokens=True)
         assert (r.correct, r.reward, r.answer) == (task.verifiers.right(r.text, ""), 1.0 if r.correct else -1.0, r.text[-1:])
-    assert metrics["reward"] == {"reward/parse_fail": 1}
+    assert metrics["reward/parse_fail"] == 2             # Rule says 1 a call: base rollouts, then branches
 
 
 def test_a_prompts_rollouts_do_not_depend_on_the_other_prompts_of_the_round(sampled, pair, sharp):
@@ -619,7 +628,7 @@ def test_another_step_stage_or_seed_draws_other_noise(pair, sharp):
 def test_n2_0_is_plain_sampling_without_an_entropy_pass(pair, sharp):
     task = task_of(sharp, vocab=pair[0].config.vocab_size)
     rollouts, metrics = one_round(pair, task, config(n1=5, n2=0), [2, 4])
-    assert [(r.group, r.parent, r.t_star, r.prefix_ids) for r in rollouts] == [(g, -1, -1, []) for g in (0, 1) for _ in range(5)]
+    assert [(r.group, r.parent, r.t_star, r.prefix_ids) for r in rollouts] == [(g, -1, None, []) for g in (0, 1) for _ in range(5)]
     assert all(r.entropy is None for r in rollouts) and "timing_s/entropy" not in metrics
 
 
@@ -627,7 +636,7 @@ def test_critical_none_resamples_the_prompt(pair, sharp):
     cfg = config(critical="none")
     rollouts, _ = one_round(pair, task_of(sharp, vocab=pair[0].config.vocab_size), cfg, [0, 1])
     for base, branches in families(rollouts, cfg):
-        assert base.candidates == [] and all(b.t_star == 0 and b.prefix_ids == [] for b in branches)
+        assert base.candidates == [] and all(b.t_star is None and b.prefix_ids == [] for b in branches)
         assert base.entropy is None and all(np.isnan(b.h_star) for b in branches)         # there was no entropy pass
         assert all(b.response_ids != base.response_ids for b in branches)
 
@@ -641,7 +650,8 @@ def test_critical_random_draws_from_all_valid_positions(pair, sharp):
         budget = cfg.max_prompt_tokens - len(base.prompt_ids)
         valid = [t for t in range(1, len(base.response_ids)) if t <= budget and task.allowed[base.response_ids[t]]]
         assert base.candidates == valid
-        assert branches[0].t_star in (valid or [0]) and branches[0].prefix_ids == base.response_ids[: branches[0].t_star]
+        t = branches[0].t_star
+        assert t in (valid or [None]) and branches[0].prefix_ids == base.response_ids[: t or 0]
         spread += len(valid) > 1 and branches[0].t_star != valid[int(base.entropy[valid].argmax())]
     assert spread > 0
 
@@ -650,7 +660,7 @@ def test_no_valid_position_falls_back_to_a_plain_resample(pair, sharp):
     cfg, task = config(), task_of(sharp, vocab=pair[0].config.vocab_size)
     task.allowed = torch.zeros_like(task.allowed)
     for base, branches in families(one_round(pair, task, cfg, [0, 1])[0], cfg):
-        assert base.candidates == [] and all((b.t_star, b.prefix_ids) == (0, []) for b in branches)
+        assert base.candidates == [] and all((b.t_star, b.prefix_ids) == (None, []) for b in branches)
 
 
 def test_clause_last_keeps_only_the_last_clause_before_t_star(pair, sharp):
@@ -660,8 +670,10 @@ def test_clause_last_keeps_only_the_last_clause_before_t_star(pair, sharp):
     cut = 0
     for base, branches in families(one_round(pair, task, cfg, list(range(6)))[0], cfg):
         for b in branches:
+            if b.t_star is None:
+                continue
             start = clause_start(base.response_ids, b.t_star, task.tokenizer)
-            assert b.prefix_ids == base.response_ids[start : b.t_star] and (b.prefix_ids or b.t_star == 0)
+            assert b.prefix_ids == base.response_ids[start : b.t_star] and b.prefix_ids
             cut += start > 0
     assert cut > 10
 
@@ -671,7 +683,7 @@ def scored(response, prefix="", prompt="1+2?", gold="82", **kwargs):
     tokenizer = tokenizer_of(["<|pad|>", "<|endoftext|>", *"0123456789+=;?\\boxed{}"])
     r = Rollout(*(tokenizer(x)["input_ids"] for x in (prompt, prefix, response)))
     task = Task("stage1", [data.Prompt(0, r.prompt_ids, prompt, gold)], None, tokenizer, None, VerifierPool())
-    score_rollouts(config(verifier="boxed", **kwargs), task, [r], {"reward": {}})
+    grade(config(verifier="boxed", **kwargs), task, [r])
     return r
 
 
@@ -688,22 +700,21 @@ def test_an_answer_in_the_prompt_never_counts():
     assert not scored("1+2", prompt=r"\boxed{82}").correct
 
 
-def test_overlong_penalty_counts_the_prefix_only_with_scope_total():
+def test_overlong_penalty_does_not_count_the_prefix():
     short = dict(response=r"\boxed{82}", prefix="1+2=", max_response_tokens=16, overlong_buffer=8)      # 10 and 4 tokens
-    assert scored(**short).reward == pytest.approx(1 - 2 / 8)
-    assert scored(**short, overlong_scope="total").reward == pytest.approx(1 - 6 / 8)
-    assert scored(**short, overlong_scope="total", overlong_factor=0.5).reward == pytest.approx(1 - 3 / 8)
-    assert scored(**short, overlong_scope="total").correct
+    assert scored(**short).reward == pytest.approx(1 - 2 / 8) and scored(**short).correct
 
 
 # --------------------------------------------------------------------------------------------------------- dynamic sampling
 @pytest.fixture
 def round_of(sharp, cpu, sharp_pair):
-    """collect() with these settings and this rule, from a fresh stream: (rollouts, metrics, task)."""
+    """collect() with these settings and this rule, from a fresh stream: (rollouts, metrics, task). metrics has the spare
+    rollouts as "spare"."""
 
     def run(rule=None, n=12, step=1, **kwargs):
-        task = task_of(sharp, n, rule)
-        return *collect(config(**kwargs), sharp_pair[1], sharp_pair[0], task, step), task
+        task, cfg = task_of(sharp, n, rule), config(**kwargs)
+        s = collect(cfg, sharp_pair[1], sharp_pair[0], task, step, {})
+        return s.kept, sampling_metrics(cfg, s) | {"spare": s.spare, "tokens": sum(b.length for b in s.briefs)}, task
 
     return run
 
@@ -731,14 +742,12 @@ def test_kept_groups_are_whole_mixed_in_data_order_and_the_surplus_is_dropped(ro
     assert list(map(key, everything))[: len(rollouts)] == list(map(key, rollouts))        # the first four of them
 
 
-def test_sampling_in_chunks_keeps_the_same_groups_and_stops_once_they_are_enough(round_of):
+def test_small_rounds_keep_the_same_groups_as_large_ones_and_stop_once_they_are_enough(round_of):
     whole, m, _ = round_of(prompts_per_round=12)
-    chunked, c, task = round_of(prompts_per_round=12, prompts_per_chunk=2)
-    assert list(map(key, chunked)) == list(map(key, whole)) and c["train/rounds"] == m["train/rounds"] == 1
+    small, c, task = round_of(prompts_per_round=2, max_rounds=6)
+    assert list(map(key, small)) == list(map(key, whole)) and c["train/rounds"] > m["train/rounds"] == 1
     assert c["train/sampled_groups"] == task.stream.position < m["train/sampled_groups"] == 12
-    assert c["train/sampled_groups"] - chunked[-1].group <= 2, "the chunk of the last group kept is the last one"
-    _, starved, _ = round_of(Rule(lambda text, gold: True), n=24, prompts_per_round=6, prompts_per_chunk=4, max_rounds=3)
-    assert starved["train/rounds"] == 3 and starved["train/sampled_groups"] == 18, "4 and 2 a round, three rounds"
+    assert c["train/sampled_groups"] - small[-1].group <= 2, "the round of the last group kept is the last one"
 
 
 def test_advantages_of_a_kept_group_sum_to_zero(round_of):
@@ -762,12 +771,12 @@ def test_groups_all_right_or_all_wrong_are_dropped_and_further_rounds_fill_the_s
     order = data.PromptStream(24, "0/stage1").take(24)
     assert all(r.prompt_id == task.prompts[order[r.group]].id for r in rollouts)
     assert task.stream.position == 6 * m["train/rounds"]
-    assert any(gold[r.prompt_id] % 3 for r in m["dropped"])
+    assert any(gold[r.prompt_id] % 3 for r in m["spare"])
 
 
 def test_filter_looks_at_raw_accuracy_not_at_the_shaped_reward(round_of):
     rollouts, m, _ = round_of(Rule(lambda text, gold: True), max_rounds=1, overlong_buffer=8)
-    assert rollouts == [] and len({r.reward for r in m["dropped"]}) > 1
+    assert rollouts == [] and len({r.reward for r in m["spare"]}) > 1
     rollouts, m, _ = round_of(overlong_buffer=8)
     assert len({r.group for r in rollouts}) == 4
 
@@ -778,7 +787,7 @@ def test_a_starved_step_trains_on_what_there_is_or_raises(round_of, right):
     rollouts, m, _ = round_of(rule, n=24)
     assert rollouts == [] and m["train/kept_groups"] == 0 and m["train/rounds"] == 3 and m["train/sampled_groups"] == 18
     assert m["train/accuracy"] == float(right)
-    assert 0 < len(m["dropped"]) <= 8 * 8               # a few, for the guard
+    assert 0 < len(m["spare"]) <= 8 * 8               # a few, for the guard
     with pytest.raises(RuntimeError, match="only 0 of 4 groups.*3 rounds.*on_starved"):
         round_of(rule, n=24, on_starved="raise")
 
@@ -800,8 +809,7 @@ def test_a_prompt_set_smaller_than_a_round_is_drawn_once(round_of):
 
 def test_on_later_steps_the_stream_goes_on(round_of, sharp, sharp_pair):
     task, cfg = task_of(sharp, 12), config()
-    first, _ = collect(cfg, sharp_pair[1], sharp_pair[0], task, 1)
-    second, _ = collect(cfg, sharp_pair[1], sharp_pair[0], task, 2)
+    first, second = (collect(cfg, sharp_pair[1], sharp_pair[0], task, step, {}).kept for step in (1, 2))
     assert not {r.prompt_id for r in first} & {r.prompt_id for r in second}
     assert {r.group for r in second} <= set(range(6))
 
@@ -809,26 +817,26 @@ def test_on_later_steps_the_stream_goes_on(round_of, sharp, sharp_pair):
 def test_metrics_are_those_of_all_rollouts_sampled(round_of):
     cfg = config(prompts_per_step=6, max_rounds=1, max_prompt_tokens=15)
     rollouts, m, task = round_of(prompts_per_step=6, max_rounds=1, max_prompt_tokens=15)
-    everyone = sorted(rollouts + m["dropped"], key=lambda r: r.group)
+    everyone = sorted(rollouts + m["spare"], key=lambda r: r.group)
     assert len(everyone) == 6 * 8
     length, correct = np.array([len(r.response_ids) for r in everyone]), np.array([r.correct for r in everyone])
     branches = [(base, b) for base, bs in families(everyone, cfg) for b in bs]
     expected = {
         "train/accuracy": correct.mean(), "train/kept_groups": len(rollouts) / 8, "train/mixed_groups": len(rollouts) / 8,
-        "train/sampled_groups": 6, "train/rounds": 1, "tokens/step": length.sum(),
+        "train/sampled_groups": 6, "train/rounds": 1, "tokens": length.sum(),
         "critic/score/mean": np.mean([r.reward for r in everyone]), "response_length/mean": length.mean(),
         "response_length/max": length.max(), "response_length/clip_ratio": np.mean([r.finish == "length" for r in everyone]),
-        "reward/parse_fail": 1, "branch/mean_depth": np.mean([b.t_star for _, b in branches]),
-        "branch/fallback_share": np.mean([b.t_star == 0 for _, b in branches]),
-        "branch/accuracy_base": np.mean([r.correct for r in everyone if r.parent < 0]),
-        "branch/accuracy_branch": np.mean([b.correct for _, b in branches]),
-        "branch/flip_rate": np.mean([a.correct != b.correct for a, b in branches]),
-        "branch/entropy_at_t_star": np.mean([b.h_star for _, b in branches if b.t_star]),
+        "reward/parse_fail": 2, "branch/depth_sampled": np.mean([b.t_star or 0 for _, b in branches]),
+        "branch/fallback_share_sampled": np.mean([b.t_star is None for _, b in branches]),
+        "branch/accuracy_base_sampled": np.mean([r.correct for r in everyone if r.parent < 0]),
+        "branch/accuracy_branch_sampled": np.mean([b.correct for _, b in branches]),
+        "branch/flip_rate_sampled": np.mean([a.correct != b.correct for a, b in branches]),
+        "branch/entropy_at_t_star_sampled": np.mean([b.h_star for _, b in branches if b.t_star]),
     }  # fmt: skip
     for k, v in expected.items():
         assert m[k] == pytest.approx(v, rel=1e-5), k
-    assert 0 < m["branch/over_budget_share"] < 1
-    assert all(k in expected or k.startswith("timing_s/") or k in ("dropped", "branch/over_budget_share") for k in m)
+    assert 0 < m["branch/over_budget_share_sampled"] < 1
+    assert m.keys() - expected.keys() == {"spare", "branch/over_budget_share_sampled"}
 
 
 def test_reward_scope_decides_whether_an_answer_in_the_prefix_is_seen(round_of):
@@ -838,7 +846,7 @@ def test_reward_scope_decides_whether_an_answer_in_the_prefix_is_seen(round_of):
     for scope in ("response", "continuation"):
         few = {"prompts_per_step": 6, "max_rounds": 1, "max_prompt_tokens": 24, "max_response_tokens": 6}
         rollouts, m, task = round_of(Rule(high), reward_scope=scope, **few)
-        everyone, decode = rollouts + m["dropped"], task.tokenizer.decode
+        everyone, decode = rollouts + m["spare"], task.tokenizer.decode
         assert len(everyone) == 48
         in_prefix_only = 0
         for r in everyone:
@@ -873,17 +881,18 @@ ROUNDS = {  # settings, of which the second gives a rank of three nothing to do
 def collected(pair, folder):
     out = {}
     for name, settings_ in ROUNDS.items():
-        rollouts, m = collect(config(**settings_), pair[1], pair[0], task_of(folder), 1)
-        m = {k: v for k, v in m.items() if not k.startswith("timing_s/") and k != "reward/parse_fail"}
-        out[name] = {"rollouts": [list(key(r)) for r in rollouts], "dropped": [list(key(r)) for r in m.pop("dropped")],
-                     "logp": [torch.from_numpy(r.engine_logp) for r in rollouts], "metrics": m}  # fmt: skip
+        cfg = config(**settings_)
+        s = collect(cfg, pair[1], pair[0], task_of(folder), 1, {})
+        m = {k: v for k, v in sampling_metrics(cfg, s).items() if k != "reward/parse_fail"}
+        out[name] = {"rollouts": [list(key(r)) for r in s.kept], "spare": [list(key(r)) for r in s.spare],
+                     "logp": [torch.from_numpy(r.engine_logp) for r in s.kept], "metrics": m}  # fmt: skip
     return out
 
 
 def rank_job(rank, world, device, folder, out):
     """One rank's side of the test below (see conftest.ranks)."""
     found = collected(make_pair(folder), folder)
-    same = gather([[found[k][x] for k in found for x in ("rollouts", "dropped", "metrics")]])
+    same = gather([[found[k][x] for k in found for x in ("rollouts", "spare", "metrics")]])
     assert all(x == same[0] for x in same), "ranks do not agree on what was collected"
     if rank == 0:
         torch.save(found, f"{out}/rollout{world}.pt")
@@ -894,7 +903,7 @@ def test_what_is_collected_does_not_depend_on_the_rank_count_nor_differ_between_
     for name, alone in collected(sharp_pair, sharp).items():
         found = ranks[world]["rollout"][name]
         assert len(alone["rollouts"]) > 0
-        for part in ("rollouts", "dropped"):
+        for part in ("rollouts", "spare"):
             assert found[part] == alone[part], name
         assert largest((a - b).abs().max() for a, b in zip(found["logp"], alone["logp"], strict=True)) <= 1e-5
         assert found["metrics"] == pytest.approx(alone["metrics"], rel=1e-5)

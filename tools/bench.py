@@ -324,7 +324,7 @@ def bench_verifier(b):
         "dapo": [(f"{filler}\nAnswer: {a}", str(g)) for a, g in answers],
         "boxed": [(f"{filler} \\boxed{{{a}}}", str(g)) for a, g in answers],
     }
-    b.clock.turns({f"verifier {k}": lambda k=k, v=v: pool.score_all(v, k) for k, v in rows.items()})
+    b.clock.turns({f"verifier {k}": lambda k=k, v=v: pool.verdicts(v, k) for k, v in rows.items()})
     for k in rows:
         b.note(f"verifier {k}, seconds for 16384 rows of 2,500 characters", b.clock.median(f"verifier {k}"))
 

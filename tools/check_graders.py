@@ -3,9 +3,9 @@
 
 import sys
 
-from eval import unread_golds
+from lib.pool import unread_golds
 from lib import data
-from lib.data import BENCHMARKS, find, grader
+from lib.data import BENCHMARKS, find_benchmark, grader
 from lib.files import aligned
 from lib.pool import VerifierPool
 from lib.ranks import one_line_errors
@@ -23,7 +23,7 @@ def check_golds(rows, verifier, pool):
         cases["other"] += [(r, rf"\boxed{{{other}}}") for other in [next(others, None)] if other is not None]
     shares, failures = {}, []
     for kind, pairs in cases.items():
-        verdicts, _ = pool.score_all([(text, r["answer"]) for r, text in pairs], verifier)
+        verdicts, _ = pool.verdicts([(text, r["answer"]) for r, text in pairs], verifier)
         bad = [(r, v[2]) for (r, _), v in zip(pairs, verdicts, strict=True) if v[1] == (kind == "other")]
         shares[kind] = f"{len(pairs) - len(bad)}/{len(pairs)}"
         failures += [f"row {r['row']}: {kind}: gold {r['answer']!r}, read {answer!r}" for r, answer in bad]
@@ -42,7 +42,7 @@ def check(argv):
     table, lines, kinds = [["benchmark", "grader", "problems", "gold right", "solution right", "other wrong", "gold read"]], [], (
         "gold", "solution", "other", "read")  # fmt: skip
     with VerifierPool(timeout_s=20.0) as pool:
-        for name, source in map(find, items):
+        for name, source in map(find_benchmark, items):
             rows, _ = data.load_rows(source, "benchmarks")
             verifier = grader(name, "boxed") or "math_verify"
             shares, failures = check_golds(rows, verifier, pool)

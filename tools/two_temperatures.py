@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from lib.config import load_config
-from lib.data import Task, find, grader, load_prompts
+from lib.data import Task, find_benchmark, grader, load_prompts
 from lib.engine import Sampling, TorchEngine, request_seed
 from lib.files import aligned
 from lib.policy import compute_dtype, load_tokenizer
@@ -64,7 +64,7 @@ def fork_setup(argv):
         path = checkpoints[-1]
     if not cfg.eval_data:
         raise ValueError("eval_data: nothing to decode, name a benchmark or a file of problems")
-    source = f"{cfg.toy_dir}/heldout.jsonl" if cfg.eval_data == "toy" else find(cfg.eval_data, "eval_data")[1]
+    source = f"{cfg.toy_dir}/heldout.jsonl" if cfg.eval_data == "toy" else find_benchmark(cfg.eval_data, "eval_data")[1]
     tokenizer, gen_eos = load_tokenizer(path)
     stop_ids = set(cfg.stop_token_ids or [tokenizer.eos_token_id, *gen_eos]) - {None}
     if not stop_ids:

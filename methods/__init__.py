@@ -1,0 +1,1 @@
+"""One published method a file: functions that replace the defaults of the same name (lib/method.py)."""
