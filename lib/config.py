@@ -142,6 +142,13 @@ NOT_NEGATIVE = ("n2", "steps", "warmup", "weight_decay", "grad_clip", "clip_low"
 # keys a resumed run may change: they say how long, how often and where, not what is computed
 FREE_KEYS = {"max_steps", "save_every", "keep_ckpts", "keep_hf", "eval_every", "samples_per_step", "resume", "out_dir",
              "dry_run", "walkthrough", "plan_gpu", "plan_gpus", "plan_mean_response"}  # fmt: skip
+
+
+def free_keys():
+    """FREE_KEYS, by the name that it will have."""
+    return FREE_KEYS
+
+
 # keys of the whole run: one model, one engine, one folder for all stages
 RUN_KEYS = ("model", "toy_dir", "stop_token_ids", "engine", "dtype", "micro_batch_tokens", "head_chunk",
             "activation_checkpointing", "compile",

@@ -18,6 +18,7 @@ from lib.data import Task, find, grader
 from lib.engine import make_engine
 from lib.policy import Policy, compute_dtype, load_hf_config, load_lm, load_tokenizer
 from lib.pool import VerifierPool
+from lib.files import code_hashes
 from lib.ranks import everywhere, init_distributed, timed
 from reward import self_test
 
@@ -110,6 +111,7 @@ def prepare_run(stages, train=True, trainer=True):
     """Process group, toy, tokenizer, data, engine, policy. eval.py: train=False, no training data and no files; and
     trainer=False, no Policy, unless entropies are asked for."""
     run = Run(stages, *init_distributed())
+    run.code = code_hashes()
     first = stages[0][1]
     if "toy" in {v for _, c in stages for v in (c.model, c.data, c.eval_data)}:
         toy.make_toy_base(run, first.toy_dir)
@@ -117,12 +119,12 @@ def prepare_run(stages, train=True, trainer=True):
         c.model = c.toy_dir if c.model == "toy" else c.model
         c.data = f"{c.toy_dir}/train.jsonl" if c.data == "toy" else c.data
         c.eval_data = f"{c.toy_dir}/heldout.jsonl" if c.eval_data == "toy" else c.eval_data
-    resume = checkpoint.find(run, first) if train and not first.walkthrough else None
+    resume = checkpoint.find_checkpoint(run, first) if train and not first.walkthrough else None
     if resume:
         run.state = checkpoint.read_json(f"{resume}/meta.json")
         if run.finished:
             if run.rank == 0:
-                checkpoint.tidy(f"{run.out}/ckpt", resumed=True)
+                checkpoint.prune(root := f"{run.out}/ckpt", checkpoint.latest(root), first.keep_ckpts)
             return run
     run.path = path = first.init_from or first.model
     run.tokenizer, gen_eos = load_tokenizer(path)
