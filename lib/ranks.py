@@ -30,7 +30,7 @@ def init_distributed():
 def leave(main, *args):
     """Run a script's main() and exit with its code. Ranks on the CPU skip the interpreter's shutdown. Gloo's threads
     outlive destroy_process_group (torch 2.13: DTensor's caches hold the mesh, that holds the group). One that wants the
-    GIL then ends the process with "terminate called without an active exception": 2 of 180 ranks that were done."""
+    GIL then ends the process with "terminate called without an active exception": 2 of about 180 ranks."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or torch.cuda.is_available():
         sys.exit(main(*args))
     code = 1
