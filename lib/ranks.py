@@ -21,28 +21,25 @@ def init_distributed():
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        # one rank may wait long for another: verifiers, a long rollout, the toy's base model being made
-        wait = datetime.timedelta(hours=2)
-        backend = "nccl" if cuda else "gloo"
+        wait = datetime.timedelta(hours=2)  # for another rank's verifiers or long rollout, or the toy's base model
         store = {} if "MASTER_ADDR" in os.environ else {"store": dist.HashStore(), "rank": rank, "world_size": world}
-        dist.init_process_group(backend, timeout=wait, **store)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=wait, **store)
     return rank, world, device
 
 
 def leave(main, *args):
-    """Run a script's main() and exit with its code. With torch 2.13 gloo's threads outlive destroy_process_group (DTensor's
-    caches hold the mesh, the mesh holds the group), and one that wants the GIL while the interpreter shuts down takes the
-    process with it (`terminate called without an active exception`: 2 of about 180 ranks whose work was done). So ranks on
-    the CPU skip that shutdown."""
+    """Run a script's main() and exit with its code. Ranks on the CPU skip the interpreter's shutdown. Gloo's threads
+    outlive destroy_process_group (torch 2.13: DTensor's caches hold the mesh, that holds the group). One that wants the
+    GIL then ends the process with "terminate called without an active exception": 2 of about 180 ranks."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or torch.cuda.is_available():
         sys.exit(main(*args))
+    code = 1
     try:
         code = main(*args)
     except SystemExit as e:
         code = e.code
     except BaseException:
         traceback.print_exc()
-        code = 1
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code or 0)
@@ -50,13 +47,13 @@ def leave(main, *args):
 
 @contextlib.contextmanager
 def timed(metrics, name):
-    """Add the seconds of the block to metrics["timing_s/<name>"], the accelerator's queue drained at both ends."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    """Add the block's seconds to metrics["timing_s/<name>"], the accelerator's queue drained at both ends. None if it
+    raises: nothing is logged after that."""
+    drain = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    drain()
     start = time.perf_counter()
     yield
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    drain()
     key = f"timing_s/{name}"
     metrics[key] = metrics.get(key, 0.0) + time.perf_counter() - start
 
@@ -70,7 +67,7 @@ def gather(items):
 
 def everywhere(do, error=RuntimeError):
     """do() on this rank (None: nothing to do here), then a word with the others: if it failed on any rank, `error` with
-    the reasons on all of them. Without it the rank with the full disk ends and the others wait for it in the next
+    the reasons on all of them. Without it the rank with the full disk ends, and the others wait for it in the next
     collective. A collective itself."""
     failed, cause = [], None
     try:
@@ -83,9 +80,9 @@ def everywhere(do, error=RuntimeError):
 
 
 def reasons(e):
-    """An exception in one line; of torch's checkpoint exception, which brings every rank's traceback, only the causes."""
+    """An exception in one line. Of torch's checkpoint exception, which has every rank's traceback, only the causes."""
     causes = [c for c, _ in e.failures.values()] if isinstance(e, CheckpointException) else [e]
-    return [" ".join(str(c).split()) if isinstance(c, ValueError) else f"{type(c).__name__}: {c}".rstrip() for c in causes]
+    return [" ".join((str(c) if isinstance(c, ValueError) else f"{type(c).__name__}: {c}").split()) for c in causes]
 
 
 @contextlib.contextmanager
@@ -100,7 +97,7 @@ def one_line_errors():
 
 
 def end_group(run):
-    """End the process group, all ranks together."""
+    """End the process group, all ranks together. Where the engine is vLLM's, its own finalizer tears the group down."""
     dist.barrier()
-    if "vllm" not in sys.modules:  # with vLLM in the process its own finalizer tears the group down
+    if not hasattr(run.engine, "llm"):
         dist.destroy_process_group()

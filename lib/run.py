@@ -16,7 +16,9 @@ from lib import checkpoint, data, toy
 from lib.checkpoint import LOGS
 from lib.data import Task, find_benchmark, grader
 from lib.engine import make_engine
+from lib.files import code_hashes, read_json, replace_file
 from lib.memory import peak_memory, utilisation
+from lib.method import method_file
 from lib.policy import Policy, compute_dtype, load_hf_config, load_lm, load_tokenizer, packed_length
 from lib.pool import VerifierPool
 from lib.ranks import everywhere, gather, init_distributed, timed
@@ -35,6 +37,7 @@ class Run:
         }  # fmt: skip
         self.out, self.stop, self.engine, self.policy = stages[0][1].out_dir, False, None, None
         self.pending = {}  # timing_s/save of a checkpoint, for the next line of the log
+        self.code = code_hashes(*{method_file(cfg.method) for _, cfg in stages if cfg.method})
 
     def print(self, text):
         if self.rank == 0:
@@ -186,10 +189,10 @@ def prepare_run(stages, train=True, trainer=True, files=True):
         c.eval_data = f"{toy.FOLDER}/heldout.jsonl" if c.eval_data == "toy" else c.eval_data
     resume = checkpoint.find_checkpoint(run, first) if files else None
     if resume:
-        run.state = checkpoint.read_json(f"{resume}/meta.json")
+        run.state = read_json(f"{resume}/meta.json")
         if run.finished:
             if run.rank == 0:
-                checkpoint.tidy(f"{run.out}/ckpt", resumed=True)
+                checkpoint.prune(root := f"{run.out}/ckpt", checkpoint.latest(root), first.keep_ckpts)
             return run
     run.path = path = first.model
     run.tokenizer, gen_eos = load_tokenizer(path)
@@ -285,9 +288,9 @@ def start_files(run, resume):
     base = vars(run.stages[0][1])
     stages = {n: {k: v for k, v in vars(c).items() if v != base[k] and k != "name"} for n, c in run.stages}
     resolved = {**{k: v for k, v in base.items() if k != "name"}, "stages": stages}
-    checkpoint.replace_file(f"{run.out}/config.yaml", OmegaConf.to_yaml(OmegaConf.create(resolved)))
-    checkpoint.replace_file(f"{run.out}/stages.json", json.dumps({n: vars(c) for n, c in run.stages}, indent=1))
-    checkpoint.replace_file(f"{run.out}/versions.json", json.dumps(versions(run), indent=1))
+    replace_file(f"{run.out}/config.yaml", OmegaConf.to_yaml(OmegaConf.create(resolved)))
+    replace_file(f"{run.out}/stages.json", json.dumps({n: vars(c) for n, c in run.stages}, indent=1))
+    replace_file(f"{run.out}/versions.json", json.dumps(versions(run), indent=1))
 
 
 def versions(run):

@@ -1,4 +1,5 @@
 """checkpoint.py: whatever ends a run, it goes on from its last complete checkpoint as if nothing had happened."""
+import json
 import os
 import random
 import re
@@ -14,7 +15,7 @@ from conftest import ROOT, lines, numbers, train_lines
 from safetensors.torch import load_file
 
 import cure
-from lib import checkpoint, files
+from lib import checkpoint, files, ranks
 
 STATE = "ckpt/step_000006/state"
 
@@ -40,11 +41,12 @@ def all_complete(out):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     for d in out.glob("ckpt/step_*"):
         subprocess.run(["sha256sum", "--quiet", "-c", "SHA256SUMS"], cwd=d, check=True)
-        assert AutoModelForCausalLM.from_pretrained(d / "hf").num_parameters() and len(AutoTokenizer.from_pretrained(d / "hf"))
+        assert AutoModelForCausalLM.from_pretrained(d / "hf").num_parameters()
+        assert len(AutoTokenizer.from_pretrained(d / "hf"))
     return checkpoint.latest(out / "ckpt")
 
 
-# ------------------------------------------------------------------------------------------------------------ exact resume
+# -------------------------------------------------------------------------------------------------------- exact resume
 @pytest.mark.parametrize("stop_at", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 5))])
 def test_a_stopped_and_resumed_run_on_two_ranks_equals_the_whole_one(whole2, config, run, tmp_path, stop_at):
     assert run(*argv(config, tmp_path, f"max_steps={stop_at}"), ranks=2).codes == [0, 0]
@@ -105,7 +107,7 @@ def test_noise_in_every_global_generator_changes_nothing(whole, config, tmp_path
     same_as_whole(tmp_path, whole)
 
 
-# ---------------------------------------------------------------------------------------------------------------- kill -9
+# ------------------------------------------------------------------------------------------------------------- kill -9
 @pytest.fixture(scope="session")
 def uninterrupted(config, run, tmp_path_factory):
     """(seconds, operations on files) of a run that saves every step."""
@@ -115,7 +117,7 @@ def uninterrupted(config, run, tmp_path_factory):
 
 
 def kill_and_resume(moment, config, run, out, uninterrupted, whole):
-    """Killed at a random moment, one in three by the clock, the others right before an operation on a file of the run."""
+    """Killed at a random moment: one in three by the clock, the others right before an operation on a file of it."""
     seconds, operations = uninterrupted
     rng = random.Random(moment)
     when = {"kill_after": rng.uniform(0, seconds)} if moment % 3 == 0 else {"kill_at": rng.randint(1, operations)}
@@ -155,9 +157,10 @@ def test_kill_9_of_one_rank_ends_the_other_and_the_run_goes_on(whole2, config, r
     same_as_whole(tmp_path, whole2)
 
 
-# --------------------------------------------------------------------------------------------------------------- full disk
-@pytest.mark.parametrize("ranks, limit", [(1, {"0": 3_000_000}), *(pytest.param(2, {k: 2_000_000}, marks=pytest.mark.slow)
-                                                                    for k in "01")])
+# ----------------------------------------------------------------------------------------------------------- full disk
+@pytest.mark.parametrize("ranks, limit", [
+    (1, {"0": 3_000_000}), *(pytest.param(2, {k: 2_000_000}, marks=pytest.mark.slow) for k in "01"),
+])  # fmt: skip
 def test_a_save_that_cannot_be_written_ends_all_ranks_and_leaves_the_last_good_one(
         whole, whole2, config, run, tmp_path, ranks, limit):
     """RLIMIT_FSIZE on one rank: a write fails in the middle, as on a full disk."""
@@ -175,7 +178,8 @@ def test_a_save_that_cannot_be_written_ends_all_ranks_and_leaves_the_last_good_o
 
 def test_a_disk_without_room_is_refused_before_a_byte_is_written(config, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=4_000_000))
-    with pytest.raises(RuntimeError, match=r"only 0.00373 GiB are free. It needs 0.00\d+ GiB. There is none to go on from"):
+    says = r"only 0.00373 GiB are free. It needs 0.00\d+ GiB. There is none to go on from"
+    with pytest.raises(RuntimeError, match=says):
         cure.main(argv(config, tmp_path, "max_steps=1"))
     assert os.listdir(tmp_path / "ckpt") == [] and len(train_lines(tmp_path)) == 1
     torch.distributed.destroy_process_group()
@@ -209,7 +213,7 @@ def test_a_log_that_cannot_be_written_ends_all_ranks(config, run, tmp_path):
     assert out.codes == [1, 1] and len(says) == 2
 
 
-# ----------------------------------------------------------------------------------------------------------------- damage
+# -------------------------------------------------------------------------------------------------------------- damage
 def test_one_flipped_byte_anywhere_in_a_shard_is_found_at_load(whole2, config, run, tmp_path, capsys):
     shutil.copytree(whole2, tmp_path / "run")
     shard = sorted((tmp_path / "run" / STATE).iterdir())[1]
@@ -219,10 +223,12 @@ def test_one_flipped_byte_anywhere_in_a_shard_is_found_at_load(whole2, config, r
         with pytest.raises(SystemExit) as e:
             cure.main(argv(config, tmp_path / "run"))
         err = capsys.readouterr().err
-        assert e.value.code == 2 and f"state/{shard.name}" in err and "is damaged or missing" in err and err.count("\n") == 1
+        assert e.value.code == 2 and err.count("\n") == 1
+        assert f"state/{shard.name}" in err and "is damaged or missing" in err
         torch.distributed.destroy_process_group()
     out = run(*argv(config, tmp_path / "run"), ranks=2)
-    assert out.codes == [2, 2] and out.printed.count("is damaged or missing") == 2, "the ranks share the check, and the answer"
+    assert out.codes == [2, 2]
+    assert out.printed.count("is damaged or missing") == 2, "the ranks share the check, and the answer"
 
 
 @pytest.mark.parametrize("file", ["meta.json", "SHA256SUMS", "state"])
@@ -259,7 +265,7 @@ def test_lines_missing_from_a_log_are_said(whole, config, tmp_path, capsys):
     assert "lines are missing" in capsys.readouterr().out and len(lines(tmp_path / "metrics.jsonl")) == 3
 
 
-# ------------------------------------------------------------------------------------------------------------- one at a time
+# ------------------------------------------------------------------------------------------------------- one at a time
 def test_two_runs_do_not_write_to_one_folder(config, run, tmp_path):
     import fcntl
     assert run(*argv(config, tmp_path / "run", "max_steps=2")).codes == [0]
@@ -296,8 +302,10 @@ def test_an_older_checkpoint_of_the_run_itself_is_gone_back_to(whole, config, ru
 
 def test_a_cold_start_before_rl_is_evaluated_once_and_gone_on_from_exactly(tiny, config, run, tmp_path):
     path = tmp_path / "cold.yaml"
-    sft = f"sft: {{kind: sft, data: {tiny[1].replace('rl.', 'sft.')}, steps: 2, prompts_per_step: 8, prompts_per_minibatch: 8}}"
-    path.write_text(open(config).read().split("stages:")[0] + f"stages:\n  {sft}\n  stage1: {{steps: 1, n1: 2, n2: 3}}\n")
+    data = tiny[1].replace("rl.", "sft.")
+    sft = f"sft: {{kind: sft, data: {data}, steps: 2, prompts_per_step: 8, prompts_per_minibatch: 8}}"
+    stages = f"stages:\n  {sft}\n  stage1: {{steps: 1, n1: 2, n2: 3}}\n"
+    path.write_text(open(config).read().split("stages:")[0] + stages)
     assert run(*argv(path, tmp_path / "run", "save_every=1", "keep_ckpts=9")).codes == [0]
     whole = numbers(tmp_path / "run")
     kinds = ["sft" if "sft/step" in m else f"eval {m['step']}" if "actor/entropy" not in m else "rl" for m in whole]
@@ -344,9 +352,115 @@ def test_changed_keys_are_all_named_with_both_values_and_free_ones_are_not(whole
     torch.distributed.destroy_process_group()
 
 
+# -------------------------------------------------------------------------------------------- what is left, going back
+def test_pruning_takes_whole_folders_but_no_stage_end_and_nothing_that_is_not_ours(tmp_path):
+    for name in ("step_000001", "step_000002", "step_000003", "step_000004", "step_000005", "step_000009", "mine"):
+        (tmp_path / name / "hf").mkdir(parents=True)
+        (tmp_path / name / "meta.json").write_text(json.dumps({"stage_done": name == "step_000002"}))
+    (tmp_path / "step_000001/meta.json").unlink()       # only hf is there, kept by an older version's keep_hf
+    (tmp_path / ".tmp-step_000004").mkdir()
+    checkpoint.prune(str(tmp_path), "step_000005", 2)
+    left = ["mine", "step_000001", "step_000002", "step_000004", "step_000005", "step_000009"]
+    assert sorted(os.listdir(tmp_path)) == left, "those after the newest are of a run that was gone back in"
+
+
+def test_a_run_killed_before_its_last_pruning_is_pruned_by_the_next_start(whole, config, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    for name in ("step_000004", "step_000005"):
+        shutil.copytree(whole / "ckpt/step_000006", tmp_path / "run/ckpt" / name)
+        (tmp_path / "run/ckpt" / name / "meta.json").write_text('{"stage_done": false}')
+    cure.main(argv(config, tmp_path / "run"))
+    assert sorted(os.listdir(tmp_path / "run/ckpt")) == ["latest", "step_000003", "step_000005", "step_000006"]
+
+
 @pytest.mark.slow
-def test_keep_ckpts_and_keep_hf_leave_what_they_say(config, run, tmp_path):
-    assert run(*argv(config, tmp_path, "save_every=1", "keep_ckpts=1", "keep_hf=true")).codes == [0]
+def test_keep_ckpts_leaves_what_it_says(config, run, tmp_path):
+    assert run(*argv(config, tmp_path, "save_every=1", "keep_ckpts=1")).codes == [0]
     left = {d.name: sorted(os.listdir(d)) for d in (tmp_path / "ckpt").glob("step_*")}
     full = ["SHA256SUMS", "hf", "meta.json", "state"]
-    assert left == {f"step_{i:06d}": full if i in (3, 6) else ["hf"] for i in range(1, 7)}
+    assert left == {"step_000003": full, "step_000006": full}, "the end of stage 1, and the newest"
+
+
+@pytest.mark.parametrize("have, left, warned", [("abcdef", "abc", False), ("abc", "abc", False), ("ab", "ab", True),
+                                                (None, "", True)])  # fmt: skip
+def test_rewind_cuts_a_log_that_is_too_long_and_says_which_is_too_short(tmp_path, have, left, warned):
+    (tmp_path / "ckpt").mkdir()
+    (tmp_path / "ckpt/latest").write_text("step_000004")
+    (tmp_path / "samples.jsonl").write_text("xy")
+    if have is not None:
+        (tmp_path / "metrics.jsonl").write_text(have)
+    said, state = [], {"files": {"metrics.jsonl": 3, "samples.jsonl": 2}}
+    run = SimpleNamespace(out=str(tmp_path), state=state, print=said.append)
+    checkpoint.rewind(run, f"{tmp_path}/ckpt/step_000002")
+    assert (tmp_path / "ckpt/latest").read_text() == "step_000002"
+    assert (tmp_path / "metrics.jsonl").read_text() == left and (tmp_path / "samples.jsonl").read_text() == "xy"
+    short = f"WARNING: {tmp_path}/metrics.jsonl has {len(have or '')} bytes, 3 when the checkpoint was written"
+    assert said == ([f"{short}: lines are missing"] if warned else [])
+
+
+def test_going_back_sets_logs_and_pointer_back_before_anything_else_is_saved(whole, config, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "run")
+    older = tmp_path / "run/ckpt/step_000003"
+    cure.main(argv(config, tmp_path / "run", f"resume={older}/", "max_steps=3"))
+    assert "resumed from step 3" in capsys.readouterr().out
+    assert (tmp_path / "run/ckpt/latest").read_text() == "step_000003", "and so resume=auto goes on from there"
+    assert [m["step"] for m in train_lines(tmp_path / "run")] == [1, 2, 3]
+    for name, size in json.loads((older / "meta.json").read_text())["files"].items():
+        assert os.path.getsize(tmp_path / "run" / name) == size > 0, name
+
+
+# -------------------------------------------------------------------------------------------------------- changed code
+def rewrite_meta(folder, change):
+    """Change a checkpoint's meta.json, and its checksum."""
+    meta, sums = json.loads((folder / "meta.json").read_text()), (folder / "SHA256SUMS").read_text()
+    change(meta)
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+    new = f"{files.sha256(folder / 'meta.json')}  meta.json"
+    (folder / "SHA256SUMS").write_text(re.sub(r"\w+  meta\.json", new, sums))
+
+
+def test_code_that_changed_since_the_checkpoint_is_named_and_nothing_else(config, tmp_path, monkeypatch, capsys):
+    house, out = tmp_path / "house", tmp_path / "run"
+    shutil.copytree(ROOT / "lib", house / "lib")
+    for script in ROOT.glob("*.py"):
+        shutil.copy(script, house)
+    monkeypatch.setattr(files, "ROOT", house)
+
+    def warnings(steps):
+        cure.main(argv(config, out, "eval_data=", f"max_steps={steps}"))
+        text = capsys.readouterr().out
+        assert (f"resumed from step {steps - 1} " in text) == (steps > 1)
+        return re.findall("WARNING: (the code .*)", text)
+
+    assert warnings(1) == []
+    with open(house / "loss.py", "a") as f:
+        f.write("# mine\n")
+    assert warnings(2) == ["the code has changed since the checkpoint was written: loss.py"]
+    shutil.copy(house / "cure.py", house / "mine.py")
+    (house / "lib/toy.py").unlink()
+    assert warnings(3) == ["the code has changed since the checkpoint was written: lib/toy.py (gone), mine.py (new)"]
+    rewrite_meta(out / "ckpt/step_000003", lambda meta: meta.pop("code"))
+    (house / "eval.py").unlink()
+    assert warnings(4) == [], "a checkpoint from before the hashes"
+    code = json.loads((out / "ckpt/step_000004/meta.json").read_text())["code"]
+    assert code == files.code_hashes() and "eval.py" not in code and "lib/run.py" in code
+
+
+def test_the_hashes_of_the_code_are_of_scripts_lib_and_the_files_that_are_named(tmp_path):
+    (tmp_path / "idea.py").write_text("x = 1\n")
+    code, more = files.code_hashes(), files.code_hashes(tmp_path / "idea.py", ROOT / "tools/tree.py")
+    assert {"cure.py", "loss.py", "lib/checkpoint.py"} <= set(code) and not any(n.startswith("tests") for n in code)
+    assert set(more) - set(code) == {os.path.relpath(tmp_path / "idea.py", ROOT), "tools/tree.py"}
+    assert more["tools/tree.py"] == files.sha256(ROOT / "tools/tree.py")[:16] and more["cure.py"] == code["cure.py"]
+
+
+# ------------------------------------------------------------------------------------------------------------ the group
+def test_only_an_engine_of_vllm_leaves_the_end_of_the_group_to_vllm(monkeypatch):
+    ended = []
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace())  # imported by somebody, not the engine
+    monkeypatch.setattr(ranks.dist, "barrier", lambda: None)
+    monkeypatch.setattr(ranks.dist, "destroy_process_group", lambda: ended.append(1))
+    for engine, ends in ((None, 1), (SimpleNamespace(model=1), 1), (SimpleNamespace(llm=1), 0)):
+        ended.clear()
+        ranks.end_group(SimpleNamespace(engine=engine))
+        assert len(ended) == ends, engine
