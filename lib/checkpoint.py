@@ -145,9 +145,9 @@ def refuse_changes(run, folder):
             if key not in keys(FREE) and old[key] != value:
                 changes.setdefault((key, repr(old[key]), repr(value)), []).append(name)
     if changes:
-        keys = ", ".join(dict.fromkeys(key for key, _, _ in changes))
+        named = ", ".join(dict.fromkeys(key for key, _, _ in changes))
         said = [f"{key} was {old}, is {new} ({', '.join(where)})" for (key, old, new), where in changes.items()]
-        raise ValueError(f"{keys}: not as in the run in {run.out}: {'; '.join(said)}; {advice}")
+        raise ValueError(f"{named}: not as in the run in {run.out}: {'; '.join(said)}; {advice}")
 
 
 def damaged(folder, run):

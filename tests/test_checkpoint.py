@@ -347,7 +347,7 @@ def test_changed_keys_are_all_named_with_both_values_and_free_ones_are_not(whole
     assert "eval_every" not in err and err.count("\n") == 1
     torch.distributed.destroy_process_group()
     with pytest.raises(SystemExit):
-        cure.main(argv(config, tmp_path / "run", "only_stage=stage2"))
+        cure.main(argv(config, tmp_path / "run", "stages.stage1.steps=0"))
     assert "error: stages: the run in" in capsys.readouterr().err
     torch.distributed.destroy_process_group()
 
