@@ -183,9 +183,9 @@ def draw_panels(figure, shape, panels, run):
             ax.yaxis.set_minor_formatter("")  # whole decades, so that the powers of ten are labels enough
         elif all((line.get_ydata() >= 0).all() for line in ax.lines):  # a share that is always 0 needs no axis below 0
             ax.set_ylim(bottom=max(ax.get_ylim()[0], -.05 * ax.get_ylim()[1]))
-        panel(ax, title, 3 if shape[1] == 3 else 4, room=1.2, handles=1 if phases else 2.4)
         ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.set(xlabel="training step", ylabel=unit, xlim=(min(steps) - .02 * length, max(steps) + .02 * length))
+        ax.set_xlim(min(steps) - .02 * length, max(steps) + .02 * length)
+        panel(ax, title, 3 if shape[1] == 3 else 4, 1.2, 1 if phases else 2.4, xlabel="training step", ylabel=unit)
         for i, (name, first, last) in enumerate(spans):
             if i:
                 ax.axvline(first, color="black", ls=(0, (4, 3)), lw=.9, zorder=1)

@@ -14,26 +14,20 @@ from tools.common import COLOURS, command_line, for_each, look, panel, picture, 
 from tools.tree import groups_by_step
 
 # a line of the table: label, one of means(), format
-TABLE = [("groups that branched", "groups", ".0f"),
-         ("base responses that are right", "base", ".3f"),
-         ("branches that are right", "branch", ".3f"),
-         ("branches with another verdict than their parent", "flip", ".3f"),
-         ("  parent right -> branch right", "right right", ".3f"),
-         ("  parent right -> branch wrong", "right wrong", ".3f"),
-         ("  parent wrong -> branch right", "wrong right", ".3f"),
-         ("  parent wrong -> branch wrong", "wrong wrong", ".3f"),
-         ("pairs of base responses of a prompt with different verdicts", "differ", ".3f"),
-         ("depth of t*, tokens (0 without a critical token)", "depth", ".1f"),
-         ("entropy at t*, nats", "h", ".3f"),
-         ("forks without a critical token", "fallback", ".1%"),
-         ("candidates over the prompt budget", "over", ".1%"),
-         ("branches of a fork", "n2", ".3g"),
-         ("  different first tokens among them", "first", ".2f"),
-         ("  that start with the token that was dropped", "same", ".1%"),
-         ("generated tokens of a base response", "base_tokens", ".1f"),
-         ("generated tokens of a branch", "new_tokens", ".1f"),
-         ("  tokens it inherited", "inherited", ".1f"),
-         ("tokens saved by a branch against a fresh base response", "saved", ".1%")]
+TABLE = [
+    ("groups that branched", "groups", ".0f"),
+    ("base responses that are right", "base", ".3f"), ("branches that are right", "branch", ".3f"),
+    ("branches with another verdict than their parent", "flip", ".3f"),
+    ("  parent right -> branch right", "right right", ".3f"), ("  parent right -> branch wrong", "right wrong", ".3f"),
+    ("  parent wrong -> branch right", "wrong right", ".3f"), ("  parent wrong -> branch wrong", "wrong wrong", ".3f"),
+    ("pairs of base responses of a prompt with different verdicts", "differ", ".3f"),
+    ("depth of t*, tokens (0 without a critical token)", "depth", ".1f"), ("entropy at t*, nats", "h", ".3f"),
+    ("forks without a critical token", "fallback", ".1%"), ("candidates over the prompt budget", "over", ".1%"),
+    ("branches of a fork", "n2", ".3g"), ("  different first tokens among them", "first", ".2f"),
+    ("  that start with the token that was dropped", "same", ".1%"),
+    ("generated tokens of a base response", "base_tokens", ".1f"),
+    ("generated tokens of a branch", "new_tokens", ".1f"), ("  tokens it inherited", "inherited", ".1f"),
+    ("tokens saved by a branch against a fresh base response", "saved", ".1%")]
 SAMPLED = {"step": "step", "groups": "train/sampled_groups", "base": "branch/accuracy_base_sampled",
            "branch": "branch/accuracy_branch_sampled", "flip": "branch/flip_rate_sampled",
            "depth": "branch/depth_sampled", "h": "branch/entropy_at_t_star_sampled",
@@ -55,9 +49,9 @@ def forks_on_file(run):
 def forks_of(step, group):
     """The numbers of every parent that has branches.
 
-    base, branch, flip: it is right; share of its branches that are right, that differ from it. differ: share of the pairs
-    of base responses of this prompt that differ, which is what fresh samples would flip. rank: of H at t* among the
-    parent's tokens, 1 the highest. first: different first tokens. same: share that drew the dropped token again."""
+    base, branch, flip: it is right; share of its branches that are right, that differ from it. differ: share of the
+    pairs of base responses of this prompt that differ, which is what fresh samples would flip. rank: of H at t* among
+    the parent's tokens, 1 the highest. first: different first tokens. same: share that drew the dropped token again."""
     n1 = sum(row["parent"] < 0 for row in group)
     right = sum(row["correct"] for row in group[:n1])
     for i, parent in enumerate(group[:n1] if len(group) > n1 else []):
@@ -75,7 +69,7 @@ def forks_of(step, group):
 
 
 def means(source):
-    """{name: number} for TABLE, NaN where the source does not know it. Steps are weighted by the groups sampled in them.
+    """{name: number} for TABLE, NaN where the source does not know it; steps weigh as the groups sampled in them.
 
     Accuracy of parents a and of branches b and the flip rate f give the whole table parent -> branch."""
     out = {name: np.nan for _, name, _ in TABLE}
@@ -109,40 +103,39 @@ def branches_table(sampled, on_file):
 
 def draw_branches(figure, sampled, on_file):
     """Six panels; those over steps show all that was sampled where metrics.jsonl has it."""
-    def axes(place, x, y):
+    def axes(place):
         ax = figure.add_subplot(2, 3, place)
-        ax.set(xlabel=x, ylabel=y)
         ax.xaxis.get_major_locator().set_params(integer=True)
         return ax
 
     def lines(place, title, unit, source, curves):
         """curves: {label: one of means()}."""
-        ax, steps = axes(place, "training step", unit), np.unique(source["step"])
+        ax, steps = axes(place), np.unique(source["step"])
         by_step = [means({name: x[source["step"] == step] for name, x in source.items()}) for step in steps]
         for i, (label, name) in enumerate(curves.items()):
             ax.plot(steps, [m[name] for m in by_step], **look(i, len(steps) < 3), label=label)
         ax.set_ylim(bottom=0)
-        panel(ax, title, 3)
+        panel(ax, title, 3, xlabel="training step", ylabel=unit)
 
     def histogram(place, title, what, x):
-        """Share of the forks by whole numbers x (forks,), NaN left out. The last bar holds all over the 99th percentile."""
-        ax, x = axes(place, what, "share of forks"), x[np.isfinite(x)]
+        """Share of the forks by whole numbers x (forks,), NaN left out. The last bar holds the highest percentile."""
+        ax, x = axes(place), x[np.isfinite(x)]
         if len(x):
             top = np.percentile(x, 99)  # one straggler would flatten the rest
             width = max(1, round((top - x.min()) / 40))  # whole tokens, at most about 40 bars
             edges = np.arange(x.min(), top + width + 1, width) - .5
             ax.hist(np.clip(x, None, edges[-1] - .1), edges, weights=np.full(len(x), 1 / len(x)), color=COLOURS[0])
             ax.axvline(np.median(x), color="black", ls="--", label=f"median {np.median(x):g}")
-        panel(ax, title if len(x) else f"{title}: no critical token", 1)
+        panel(ax, title if len(x) else f"{title}: no critical token", 1, xlabel=what, ylabel="share of forks")
 
     if on_file:
         histogram(1, "Depth of t*", "tokens into the parent (last bar: and more)",
                   on_file["depth"][on_file["fallback"] == 0])
         histogram(2, "Entropy rank of t*", "rank among the parent's tokens, 1 the highest", on_file["rank"])
         n2 = int(on_file["n2"].max())
-        ax = axes(3, f"of {n2} branches", "share of forks")
+        ax = axes(3)
         ax.bar(range(1, n2 + 1), [np.mean(on_file["first"] == k) for k in range(1, n2 + 1)], .6, color=COLOURS[0])
-        panel(ax, "Different first tokens of a fork", 0)
+        panel(ax, "Different first tokens of a fork", 0, xlabel=f"of {n2} branches", ylabel="share of forks")
         lines(6, "Tokens of a response", "tokens", on_file, {
             "base, new": "base_tokens", "branch, new": "new_tokens", "inherited": "inherited"})
     source, whose = (sampled, "all sampled") if sampled else (on_file, "groups on file")

@@ -132,9 +132,11 @@ def look(i, marked=True):
     return {"color": COLOURS[i % len(COLOURS)], "ls": LINES[style], "marker": MARKERS[style] if marked else ""}
 
 
-def panel(ax, title, columns, room=0, handles=2.6):
-    """Title on the left, the legend under it in `columns` (0: none), then `room` for a line of text, in font sizes."""
+def panel(ax, title, columns, room=0, handles=2.6, **labels):
+    """Title on the left, under it the legend in `columns` (0: none), then `room` for a line of text, in font sizes.
+    labels and limits: of Axes.set."""
     from matplotlib import rcParams
+    ax.set(**labels)
     rows = -(-len(ax.get_legend_handles_labels()[0]) // columns) if columns else 0
     if rows:
         ax.legend(loc="lower left", bbox_to_anchor=(-.02, 1 + .05 * room), ncols=columns, fontsize="small",

@@ -13,7 +13,6 @@ import os
 import re
 import sys
 from collections import deque
-from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
@@ -134,8 +133,8 @@ def change_by_bin(base, final, bins=20):
 def analyse(models, samples, plots, responses):
     """Analyses (a)-(e): prints the tables, draws plots/entropy.png and entropy_tokens.png, writes entropy_tokens.tsv.
 
-    models: {name: HF folder}, base first, final last; those that cannot read the samples are named and left out. Without
-    any, (a), (b) and (e) are of the entropies in samples.jsonl. ValueError: no samples. Returns the files in a line."""
+    models: {name: HF folder}, base first, final last; those that cannot read the samples are named and left out.
+    Without any, (a), (b) and (e) are of the entropies in samples.jsonl. ValueError: no samples. Returns a line."""
     rows, by_step = read_responses(samples, responses)
     ids = np.concatenate([row["response_ids"] for row in rows])
     hs, tokenizer = {}, None
@@ -150,11 +149,14 @@ def analyse(models, samples, plots, responses):
     elif len(hs) < 2:
         warn(f"{samples}: (c) and (d) compare two models, only {next(iter(hs))} is there")
     steps, final = [row["step"] for row in rows], list(hs)[-1]
-    print(f"{samples}: the last {len(rows)} fresh responses, of steps {steps[0]} to {steps[-1]}, {len(ids)} tokens; H in "
-          "nats at T = 1.\nA step writes down groups with right and wrong answers if it has any: these are not all its "
-          "responses.\n")
+    print(f"{samples}: the last {len(rows)} fresh responses, of steps {steps[0]} to {steps[-1]}, {len(ids)} tokens; "
+          "H in nats at T = 1.\nA step writes down groups with right and wrong answers if it has any: these are not "
+          "all its responses.\n")
     high, low, number = extremes(ids, hs[final])
-    text = partial(token_text, tokenizer)
+
+    def text(i):  # quoted: it shows spaces and newlines
+        return repr(tokenizer.decode([i])) if tokenizer else f"id {i}"
+
     print(percentile_table(hs), token_table(high, low, number, final, text), sep="\n\n", end="\n\n")
     if len(hs) > 1:
         print(overlap_table(hs), change_table(hs), sep="\n\n", end="\n\n")
@@ -170,11 +172,6 @@ def analyse(models, samples, plots, responses):
         paths.append(plots / "entropy_tokens.png")
         draw_tokens(paths[-1], high[:SHOWN], low[:SHOWN], final, text)
     return "\nwritten: " + ", ".join(map(str, paths)) + "\n"
-
-
-def token_text(tokenizer, i):
-    """A token as a quoted string that shows spaces and newlines; without a tokenizer its id."""
-    return repr(tokenizer.decode([i])) if tokenizer else f"id {i}"
 
 
 def percentile_table(hs):
@@ -250,8 +247,9 @@ def draw_histogram(ax, hs):
         ax.stairs(np.histogram(h, edges)[0] / len(h), edges, color=COLOURS[i], ls=LINES[i], lw=1.5,
                   label=f"{name}: {(h < .01).mean():.0%} below 0.01, 80th percentile {np.percentile(h, 80):.3g}")
     ax.axvline(PAPER_80, color="black", ls=":", label=f"80/20 paper: 51% below 0.01, 80th percentile {PAPER_80}")
-    ax.set(yscale="log", xlabel="entropy of a token (nats)", ylabel=f"share of tokens\nper bin of {edges[1]:.2g} nats")
-    panel(ax, "(a) How uncertain tokens are", 1)
+    ax.set_yscale("log")
+    panel(ax, "(a) How uncertain tokens are", 1, xlabel="entropy of a token (nats)",
+          ylabel=f"share of tokens\nper bin of {edges[1]:.2g} nats")
 
 
 def draw_overlap(ax, hs):
@@ -261,9 +259,9 @@ def draw_overlap(ax, hs):
         ax.plot(range(len(names)), table[row], **look(i), ms=5, label=f"with {names[row]}")
     ax.axhline(PAPER_LAST, color="black", ls=":", label=f"80/20 paper: {PAPER_LAST}, final with base")
     ax.set_xticks(range(len(names)), names, rotation=30 if len(names) > 6 else 0)
-    ax.set(ylabel="% of the top 20 % positions shared", xlim=(-.2, len(names) - .8), ylim=(min(80, table.min() - 5), 101))
+    ax.set(xlim=(-.2, len(names) - .8), ylim=(min(80, table.min() - 5), 101))
     ax.yaxis.get_major_locator().set_params(integer=True)
-    panel(ax, "(c) Do the same positions stay uncertain?", 1)
+    panel(ax, "(c) Do the same positions stay uncertain?", 1, ylabel="% of the top 20 % positions shared")
 
 
 def draw_change(ax, hs):
@@ -273,8 +271,8 @@ def draw_change(ax, hs):
     width = 100 / len(change)
     ax.bar((np.arange(len(change)) + .5) * width, change, .86 * width, color=COLOURS[0])
     ax.axhline(0, color="black", lw=.8)
-    ax.set(xlabel=f"percentile of entropy in {base}", ylabel="mean change of entropy (nats)", xlim=(0, 100))
-    panel(ax, f"(d) Change from {base} to {final}", 0)
+    panel(ax, f"(d) Change from {base} to {final}", 0, xlim=(0, 100), xlabel=f"percentile of entropy in {base}",
+          ylabel="mean change of entropy (nats)")
 
 
 def draw_training(ax, by_step):
@@ -283,9 +281,10 @@ def draw_training(ax, by_step):
     lines = np.array([np.percentile(by_step[step], PERCENTILES) for step in steps]).clip(1e-5)
     for i, p in reversed(list(enumerate(PERCENTILES))):
         ax.plot(steps, lines[:, i], **look(i, len(steps) == 1), label=f"{p}th")
-    ax.set(yscale="log", xlabel="training step", ylabel="entropy (nats), each step's\nown fresh responses")
+    ax.set_yscale("log")
     ax.xaxis.get_major_locator().set_params(integer=True)
-    panel(ax, "(e) Percentiles over training", 5)
+    panel(ax, "(e) Percentiles over training", 5, xlabel="training step",
+          ylabel="entropy (nats), each step's\nown fresh responses")
 
 
 def draw_tokens(path, high, low, final, text):
@@ -301,9 +300,8 @@ def draw_tokens(path, high, low, final, text):
             for y, (_, count, h) in enumerate(entries):
                 ax.annotate(f"{count}×", (h, y), (3, 0), textcoords="offset points", va="center", fontsize="small",
                             color=".3")
-            ax.set(xlabel=f"mean entropy under {final} (nats)", xlim=(0, 1.16 * max([*means, 1e-6])),
-                   ylim=(max(len(high), 1) - .4, -.6))
-            panel(ax, f"(b) Tokens of {which} mean entropy", 0)
+            panel(ax, f"(b) Tokens of {which} mean entropy", 0, xlabel=f"mean entropy under {final} (nats)",
+                  xlim=(0, 1.16 * max([*means, 1e-6])), ylim=(max(len(high), 1) - .4, -.6))
 
 
 def main(argv):
