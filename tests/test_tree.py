@@ -1,5 +1,5 @@
-"""tools.tree: on small groups written here, which rows it takes, what page and text show (and that no text of a model runs), and
-the numbers of `branches` against counts by hand."""
+"""tools.tree: on small groups written here, which rows it takes, what page and text show, that no text of a model runs.
+tools.branches: its numbers against counts by hand."""
 import html.parser
 import json
 import os
@@ -14,8 +14,10 @@ from test_analyze import assert_picture, branch_metrics, run_tool, train_line, w
 from lib import toy
 from tools import branches, common, tree
 
-HOSTILE = ["</script><script>document.title='owned'</script>", "<img src=x onerror=\"document.title='owned'\">", "<!--<script>",
-           "&lt;b&gt;", "\x1b[2J\x1b]0;owned\x07", "\u202etxt", "\ud800", "a\nb", "\t", ""]  # fmt: skip
+HOSTILE = ["</script><script>document.title='owned'</script>", "<img src=x onerror=\"document.title='owned'\">",
+           "<!--<script>", "&lt;b&gt;", "\x1b[2J\x1b]0;owned\x07", "\u202etxt", "\ud800", "a\nb", "\t", ""]
+
+
 @pytest.fixture(autouse=True)
 def forget_warnings():
     """Every message is printed once in a process: each test wants its own."""
@@ -26,14 +28,15 @@ def row(parent, tokens, t_star=None, correct=True, prefix=(), entropy=None, cand
     n = len(tokens)
     ids = [sum(map(ord, token)) % 997 for token in tokens]
     return {"step": 1, "stage": "stage1", "prompt": "2+2?", "response": "".join(tokens), "prompt_id": 5, "group": 0,
-            "parent": parent, "t_star": t_star, "h_star": None if t_star is None else .5, "candidates": list(candidates),
-            "prompt_ids": [1, 2], "prefix_ids": list(prefix), "response_ids": ids, "tokens": list(tokens), "logp": [-.1] * n,
-            "entropy": entropy or [.1] * n, "correct": correct, "reward": 1.0 if correct else -1.0,
-            "advantage": .5 if correct else -.5, "answer": "4", "finish": "stop", **more}
+            "parent": parent, "t_star": t_star, "h_star": None if t_star is None else .5,
+            "candidates": list(candidates), "prompt_ids": [1, 2], "prefix_ids": list(prefix), "response_ids": ids,
+            "tokens": list(tokens), "logp": [-.1] * n, "entropy": entropy or [.1] * n,
+            "correct": correct, "reward": 1.0 if correct else -1.0, "advantage": .5 if correct else -.5,
+            "answer": "4", "finish": "stop", **more}
 
 
 def group(right="rwrwww", t_star=2, **more):
-    """Two base responses of five tokens with two branches each, right or wrong as spelled: base, base, then the branches."""
+    """Two base responses of five tokens with two branches each, right or wrong as spelled: base, base, branches."""
     verdicts = [c == "r" for c in right]
     text, h = ["So", ".", " x", "=", "4"], [.9, .1, .7, .3, 0.]
     base = [row(-1, text, correct=ok, entropy=h, candidates=[2, 3]) for ok in verdicts[:2]]
@@ -114,7 +117,8 @@ def test_the_tree_says_where_branches_leave_and_what_they_inherit(tmp_path):
     base, _, branch, *_ = data["leaves"]
     assert [leaf["name"] for leaf in data["leaves"]] == ["0", "1", "0.1", "0.2", "1.1", "1.2"]
     assert (base["fork"], base["t_star"], base["from"], base["h_star"]) == (3, 3, 0, .5)
-    assert (branch["parent"], branch["fork"]) == (0, 3) and data["summary"] == "2 base responses × (1 + 2 branches), 2 of 6 right"
+    assert (branch["parent"], branch["fork"]) == (0, 3)
+    assert data["summary"] == "2 base responses × (1 + 2 branches), 2 of 6 right"
     last = group(t_star=3)
     for one in last[2:]:
         one["prefix_ids"] = one["prefix_ids"][2:]
@@ -188,14 +192,15 @@ def test_text_shows_the_same_and_no_control_character(tmp_path):
     text = tree.terminal(tree.tree_data(tmp_path, group()))
     assert "base 0  ✓ reward +1.00 advantage +0.50 · answer 4 · 5 tokens, stop" in text
     assert "candidates: 2 ' x' H 0.700 log-prob -0.100 · 3 '=' H 0.300" in text
-    assert "shared up to t* = 2, H 0.500\n      So.\n" in text and "base 0 goes on: 2 ' x'" in text and "« x»‹=›4" in text
+    assert "shared up to t* = 2, H 0.500\n      So.\n" in text
+    assert "base 0 goes on: 2 ' x'" in text and "« x»‹=›4" in text
     assert re.search(r"branch 1\.2  ✗ reward -1\.00.*first 0 ' z'.*\n      « z» end", text)
     coloured = tree.terminal(tree.tree_data(tmp_path, group()), colour=True)
     assert re.sub(r"\x1b\[[\d;]*m", "", coloured) == text and "\x1b[48;2;" in coloured
 
 
 def test_every_colour_is_darker_than_the_one_before():
-    linear = [[(c / 255 / 12.92 if c < 11 else ((c / 255 + .055) / 1.055) ** 2.4) for c in colour] for colour in tree.RAMP]
+    linear = [[c / 255 / 12.92 if c < 11 else ((c / 255 + .055) / 1.055) ** 2.4 for c in rgb] for rgb in tree.RAMP]
     luminance = [np.dot(rgb, (.2126, .7152, .0722)) for rgb in linear]
     assert all(a > 1.25 * b for a, b in zip(luminance, luminance[1:], strict=False)), luminance
 
@@ -229,11 +234,12 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 def test_in_a_browser_hostile_text_is_only_text_and_the_tree_is_drawn(tmp_path):
     (tmp_path / "tree.html").write_text(tree.page(tree.tree_data(tmp_path, hostile_group())), encoding="utf-8")
     sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium's sandbox does not start as root
-    done = subprocess.run([CHROMIUM, "--headless", *sandbox, "--disable-gpu", "--hide-scrollbars", "--window-size=1000,900",
-                           f"--user-data-dir={tmp_path}/user", f"--screenshot={tmp_path}/tree.png", "--dump-dom",
-                           f"{tmp_path}/tree.html"], capture_output=True, text=True, timeout=60)  # fmt: skip
+    done = subprocess.run([CHROMIUM, "--headless", *sandbox, "--disable-gpu", "--hide-scrollbars",
+                           "--window-size=1000,900", f"--user-data-dir={tmp_path}/user",
+                           f"--screenshot={tmp_path}/tree.png", "--dump-dom", f"{tmp_path}/tree.html"],
+                          capture_output=True, text=True, timeout=60)
     assert "<title>owned" not in done.stdout and "· prompt 5</title>" in done.stdout
-    assert done.stdout.count("data-i=") == 2 * 5 + 5 + 4 * 2, done.stderr  # ten hostile tokens, five, four branches of two
+    assert done.stdout.count("data-i=") == 2 * 5 + 5 + 4 * 2, done.stderr  # ten hostile tokens, five, four times two
     assert done.stdout.count("<script") == 2 and "<img" not in done.stdout
     assert_picture(tmp_path / "tree.png")
 
@@ -253,12 +259,14 @@ def test_branches_table_against_counts_by_hand(tmp_path):
     assert table["base responses that are right"][1] == "0.500" and table["branches that are right"][1] == "0.375"
     assert table["branches with another verdict than their parent"] == ["-", "0.375"]
     assert table["pairs of base responses of a prompt with different verdicts"][1] == "1.000"
-    assert table["depth of t*, tokens (0 without a critical token)"][1] == "1.5" and table["entropy at t*, nats"][1] == "0.400"
+    assert table["depth of t*, tokens (0 without a critical token)"][1] == "1.5"
+    assert table["entropy at t*, nats"][1] == "0.400"
     assert table["different first tokens among them"][1] == "1.50", "x y, z z"
     assert table["that start with the token that was dropped"][1] == "12.5%", "one x of eight"
     assert table["generated tokens of a branch"][1] == "2.0"
     assert table["tokens saved by a branch against a fresh base response"][1] == "60.0%"
-    assert table["rank of its entropy in the response, 10th / 50th / 90th"][1] == "2 / 3 / 4", "0.7 is second, 0.1 fourth of five"
+    ranks = table["rank of its entropy in the response, 10th / 50th / 90th"][1]
+    assert ranks == "2 / 3 / 4", "0.7 is second, 0.1 fourth of five"
     assert table["groups that branched"] == ["-", "2"]
     right = branches.forks_on_file(write_samples(tmp_path, group("rrrrww")))
     assert right["flip"].tolist() == [0, 1] and right["branch"].tolist() == [1, 0], "right as their parent: none turned"
@@ -268,11 +276,13 @@ def test_rates_over_all_sampled_rollouts_weigh_steps_by_their_groups(tmp_path):
     lines = [train_line(1, **branch_metrics(1), **{"train/sampled_groups": 10, "branch/fallback_share_sampled": .1}),
              train_line(2, **branch_metrics(2), **{"train/sampled_groups": 30, "branch/fallback_share_sampled": .2}),
              train_line(3, "stage2")]
-    lines[0] |= {"branch/accuracy_base_sampled": .5, "branch/accuracy_branch_sampled": .4, "branch/flip_rate_sampled": .3, "branch/entropy_at_t_star_sampled": .5}
-    lines[1] |= {"branch/accuracy_base_sampled": .7, "branch/accuracy_branch_sampled": .8, "branch/flip_rate_sampled": .1}
+    lines[0] |= {"branch/accuracy_base_sampled": .5, "branch/accuracy_branch_sampled": .4,
+                 "branch/flip_rate_sampled": .3, "branch/entropy_at_t_star_sampled": .5}
+    lines[1] |= {"branch/accuracy_base_sampled": .7, "branch/accuracy_branch_sampled": .8,
+                 "branch/flip_rate_sampled": .1}
     table = cells(branches.branches_table(branches.forks_sampled(write_run(tmp_path, lines)), {}))
     assert table["groups that branched"] == ["40", "-"] and table["forks without a critical token"][0] == "17.5%"
-    assert table["entropy at t*, nats"][0] == "0.718", "(0.5 x 9 + 0.8 x 24) / 33: 9 and 24 groups' worth of forks have a t*"
+    assert table["entropy at t*, nats"][0] == "0.718", "(0.5 x 9 + 0.8 x 24) / 33: forks of 9 and 24 groups have a t*"
     # step 1: of 10 groups right-right .3, right-wrong .2, wrong-right .1; step 2, of 30: .7, 0, .1
     assert [table[f"parent {a} -> branch {b}"][0] for a in ("right", "wrong") for b in ("right", "wrong")] == [
         "0.600", "0.050", "0.100", "0.250"]
@@ -297,7 +307,8 @@ def test_forks_without_a_critical_token_have_no_rank(tmp_path):
     on_file = branches.forks_on_file(run)
     assert np.isnan(on_file["rank"]).all() and on_file["fallback"].all()
     assert_picture(branches.table_and_picture(run).split("\n")[-1])
-    assert "no critical token: the branches are fresh samples" in tree.terminal(tree.tree_data(run, tree.choose_group(run)))
+    text = tree.terminal(tree.tree_data(run, tree.choose_group(run)))
+    assert "no critical token: the branches are fresh samples" in text
 
 
 def test_a_run_that_never_branched_says_so(tmp_path):
@@ -313,7 +324,8 @@ def test_tree_and_branches_from_the_command_line(tmp_path):
     page = run / "plots" / "tree-step1-prompt5.html"
     assert done.stdout == f"{page}: 2 base responses × (1 + 2 branches), 2 of 6 right\n"
     assert done.returncode == 0 and page.is_file()
-    assert run_tool("tree", run, "--text").stdout == tree.terminal(tree.tree_data(run, group())) + "\n", "no colour in a pipe"
+    text = tree.terminal(tree.tree_data(run, group()))
+    assert run_tool("tree", run, "--text").stdout == text + "\n", "no colour in a pipe"
     done = run_tool("branches", tmp_path / "nowhere", run)
     assert done.returncode == 2 and "parent right -> branch right" in done.stdout
     assert done.stderr.splitlines() == [f"error: {tmp_path / 'nowhere'}: no such run folder",

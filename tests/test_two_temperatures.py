@@ -1,4 +1,4 @@
-"""tools.two_temperatures: the two temperatures against plain decoding and brute force, the table by hand, and the command."""
+"""tools.two_temperatures: against plain decoding and brute force, the table by hand, and the command."""
 import json
 import shutil
 
@@ -27,7 +27,8 @@ def tokens(answers):
 
 def test_one_temperature_at_forks_and_elsewhere_is_plain_sampling_at_it(sharp):
     plain, fork = engine(TorchEngine, sharp), engine(two_temperatures.TwoTemperatureEngine, sharp)
-    for high, low, threshold, temperature in ((1, 1, .672, 1.0), (.7, .7, 1.5, .7), (.5, 9., -1, .5), (9., 1.3, 99, 1.3)):
+    cases = (1, 1, .672, 1.0), (.7, .7, 1.5, .7), (.5, 9., -1, .5), (9., 1.3, 99, 1.3)
+    for high, low, threshold, temperature in cases:
         fork.high, fork.low, fork.threshold = high, low, threshold
         expected = plain.generate(PROMPTS, N, Sampling(20, temperature), SEEDS)
         got = fork.generate(PROMPTS, N, Sampling(20), SEEDS)
@@ -88,7 +89,7 @@ def test_a_run_is_swept_with_its_last_checkpoint(sharp, tmp_path, capsys):
     code, out, err = call(capsys, run, "seed=3", "--high", ".5,2", "--low", "1,2")
     assert code == 0 and "error" not in err and "step_000012/hf: 3 problems" in out and "2 responses each" in out
     rows = [line.split()[:2] for line in out.split("\n") if line[:1].isdigit()]
-    assert rows == [["0.5", "1"], ["0.5", "2"], ["1", "1"], ["2", "1"], ["2", "2"]], "1, 1 is always there to compare with"
+    assert rows == [["0.5", "1"], ["0.5", "2"], ["1", "1"], ["2", "1"], ["2", "2"]], "1, 1 is always there"
     assert_picture(run / "plots/two_temperatures.png")
     assert call(capsys, run, "seed=3", "--high", ".5,2", "--low", "1,2")[1] == out, "seeded"
 
@@ -101,7 +102,7 @@ def test_a_benchmark_is_read_and_graded_its_own_way(sharp, tmp_path):
     assert two_temperatures.load([*keys, "verifier=boxed"])[2].verifier == "boxed"
     with pytest.raises(ValueError, match="eval_data: no benchmark 'amc24'; did you mean amc23"):
         two_temperatures.load([*keys, "eval_data=amc24"])
-    with pytest.raises(ValueError, match="max_response_tokens: 4000 and the longest prompt, 4 tokens, are over the model"):
+    with pytest.raises(ValueError, match="max_response_tokens: 4000 and the longest prompt, 4 tokens, are over"):
         two_temperatures.load([*keys, "max_response_tokens=4000"])
 
 
