@@ -97,13 +97,13 @@ def test_a_run_is_swept_with_its_last_checkpoint(sharp, tmp_path, capsys):
 def test_a_benchmark_is_read_and_graded_its_own_way(sharp, tmp_path):
     (tmp_path / "amc.jsonl").write_text(json.dumps({"question": "1+2?", "answer": 27.0}) + "\n")
     keys = [f"model={sharp}", f"eval_data=amc23:{tmp_path}/amc.jsonl", "template=raw", "max_response_tokens=6"]
-    task = two_temperatures.load(keys)[2]
+    task = two_temperatures.task_and_engine(keys)[2]
     assert task.verifier == "integer" and len(task.prompts) == 1
-    assert two_temperatures.load([*keys, "verifier=boxed"])[2].verifier == "boxed"
+    assert two_temperatures.task_and_engine([*keys, "verifier=boxed"])[2].verifier == "boxed"
     with pytest.raises(ValueError, match="eval_data: no benchmark 'amc24'; did you mean amc23"):
-        two_temperatures.load([*keys, "eval_data=amc24"])
+        two_temperatures.task_and_engine([*keys, "eval_data=amc24"])
     with pytest.raises(ValueError, match="max_response_tokens: 4000 and the longest prompt, 4 tokens, are over"):
-        two_temperatures.load([*keys, "max_response_tokens=4000"])
+        two_temperatures.task_and_engine([*keys, "max_response_tokens=4000"])
 
 
 def test_what_is_missing_is_one_line(sharp, tmp_path, capsys):

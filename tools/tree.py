@@ -107,10 +107,10 @@ def rank_tokens(group, model, temperature):
     return out
 
 
-def tidy(x):
+def for_json(x):
     """Numbers for JSON, also those in a list: rounded, NaN and infinity as None."""
     if isinstance(x, list):
-        return [tidy(y) for y in x]
+        return [for_json(y) for y in x]
     return x if not isinstance(x, float) else round(x, 4) if math.isfinite(x) else None
 
 
@@ -124,8 +124,8 @@ def tree_data(run, group, model=None):
         settings = read_json(Path(run) / "stages.json") or {}
         ranked = rank_tokens(group, model, settings.get(head["stage"], {}).get("temperature", 1.0))
     for n, (row, of_model) in enumerate(zip(group, ranked, strict=True)):
-        leaf = {key: tidy(row[key]) for key in LEAF} | of_model
-        leaf |= {"n": n, "name": str(n), "h": tidy(row["entropy"]), "fork": len(row["tokens"]), "from": 0}
+        leaf = {key: for_json(row[key]) for key in LEAF} | of_model
+        leaf |= {"n": n, "name": str(n), "h": for_json(row["entropy"]), "fork": len(row["tokens"]), "from": 0}
         if row["parent"] >= 0:
             siblings, t = sum(other["parent"] == row["parent"] for other in leaves), row["t_star"] or 0
             leaf |= {"name": f"{row['parent']}.{siblings + 1}", "fork": t}
@@ -213,7 +213,7 @@ def terminal(tree, colour=False):
     return "\n".join(lines)
 
 
-def show(run, args):
+def draw_tree(run, args):
     """Writes the page and returns what to print: its path, or with --text the tree itself."""
     tree = tree_data(run, choose_group(run, args.step, args.prompt), args.model)
     if args.text:
@@ -235,7 +235,7 @@ def main(argv):
     parser.add_argument("--out", metavar="FILE", help="the page (default: in RUN/plots)")
     parser.add_argument("--text", action="store_true", help="print it instead")
     args = parser.parse_args(argv)
-    return for_each(lambda run: show(run, args), [args.run])
+    return for_each(lambda run: draw_tree(run, args), [args.run])
 
 
 if __name__ == "__main__":

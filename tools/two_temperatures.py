@@ -47,7 +47,7 @@ class TwoTemperatureEngine(TorchEngine):
         return logits / torch.where(uncertain, self.high, self.low)
 
 
-def load(argv):
+def task_and_engine(argv):
     """Command line -> (config, model folder, task, engine, folder for the picture). argv: at most one run folder, whose
     config.yaml and newest ckpt/*/hf are taken, and cure.py's key=value, which win. ValueError: what is missing."""
     runs, keys = [a for a in argv if "=" not in a], [a for a in argv if "=" in a]
@@ -102,7 +102,7 @@ def measure(cfg, task, engine, high, low):
 
 def sweep(args):
     """Every T_high with every T_low, and T = 1 for both to compare with: prints the table, draws the picture."""
-    cfg, path, task, engine, plots = load(args.settings)
+    cfg, path, task, engine, plots = task_and_engine(args.settings)
     engine.threshold = args.threshold
     print(f"{path}: {len(task.prompts)} problems of {cfg.eval_data}, {cfg.eval_n} responses each, T_high where "
           f"H > {args.threshold:g} nats")
