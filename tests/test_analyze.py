@@ -1,4 +1,4 @@
-"""analyze.py on small metrics files written here: what it reads, the numbers in its tables, the pictures it leaves."""
+"""tools.analyze on small metrics files written here: what it reads, the numbers in its tables, its pictures."""
 import json
 import math
 import subprocess
@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
-from tools import analyze
+from tools import analyze, common
 
 ROOT = Path(analyze.__file__).parents[1]
 
@@ -23,10 +24,10 @@ def train_line(step, stage="stage1", **more):
 
 
 def branch_metrics(step):
-    return {"branch/accuracy_base": .4 + .04 * step, "branch/accuracy_branch": .4 + .06 * step,
-            "branch/mean_depth": 9, "branch/entropy_at_t_star": .8, "branch/flip_rate": .3, "branch/entropy_branch": .1,
-            "branch/entropy_all": .15, "timing_s/entropy": .05, "timing_s/gen_branch": .1, "timing_s/old_log_prob": .1,
-            "timing_s/sync": .01}
+    return {"branch/accuracy_base_sampled": .4 + .04 * step, "branch/accuracy_branch_sampled": .4 + .06 * step,
+            "branch/depth_sampled": 9, "branch/entropy_at_t_star_sampled": .8, "branch/flip_rate_sampled": .3,
+            "entropy/branch_kept": .1, "entropy/all_kept": .15, "timing_s/entropy": .05, "timing_s/gen_branch": .1,
+            "timing_s/old_log_prob": .1, "timing_s/sync": .01}
 
 
 def eval_line(step, stage="stage1", **more):
@@ -62,9 +63,9 @@ def assert_picture(path, width=1000):
     return pixels.shape[0]
 
 
-def run_script(*arguments):
-    return subprocess.run([sys.executable, "-m", "tools.analyze", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
-                          timeout=120)
+def run_tool(name, *arguments):
+    return subprocess.run([sys.executable, "-m", f"tools.{name}", *map(str, arguments)], cwd=ROOT, capture_output=True,
+                          text=True, timeout=120)
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -152,9 +153,21 @@ def test_ledger_adds_up_the_phases_of_training_evaluation_and_the_last_checkpoin
     text = analyze.ledger(write_run(tmp_path / "toy", lines), {"timing_s/save": 4.0})
     rows = {row.split()[0]: row.split()[1:] for row in text.splitlines()[1:-1]}
     assert rows["gen_base"] == ["3.0", "1.500", "15.0%"] and rows["update_actor"] == ["8.0", "4.000", "40.0%"]
-    assert rows["save"] == ["5.0", "2.500", "25.0%"] and rows["eval"][0] == "3.0" and rows["all"] == ["20.0", "10.000", "100.0%"]
-    assert "wake" not in rows and "MFU 30.0%" in text.splitlines()[-1] and "median of 2 steps" in text
+    assert rows["save"] == ["5.0", "2.500", "25.0%"] and rows["eval"][0] == "3.0"
+    assert rows["all"] == ["20.0", "10.000", "100.0%"]
+    assert list(rows) == ["gen_base", "update_actor", "eval", "save", "other", "all"]
+    assert "MFU 30.0%" in text.splitlines()[-1] and "median of 2 steps" in text
     assert "no training step" in analyze.ledger(write_run(tmp_path / "sft", [{"sft/step": 1, "sft/loss": 3.0}]))
+
+
+def test_ledger_lists_a_phase_that_nobody_told_it_of(tmp_path):
+    """timing_s/step is the total of the step: no phase, and counted once."""
+    line = train_line(1, **{"timing_s/reward_model": 2.0, "timing_s/step": 2.8})
+    run = write_run(tmp_path / "toy", [line, eval_line(1, **{"timing_s/plot": .2})])
+    rows = {row.split()[0]: row.split()[1:] for row in analyze.ledger(run).splitlines()[1:-1]}
+    assert list(rows) == ["gen_base", "update_actor", "other", "reward_model", "plot", "all"], "known ones first"
+    assert rows["reward_model"] == ["2.0", "2.000", "66.7%"] and rows["all"] == ["3.0", "3.000", "100.0%"]
+    assert sum(float(share.rstrip("%")) for *_, share in rows.values()) == pytest.approx(200, abs=.2)
 
 
 def test_compare_table_is_mean_and_half_range_at_the_last_common_step(tmp_path, capsys):
@@ -201,8 +214,8 @@ def test_curves_survive_zeros_and_missing_numbers(tmp_path, gaps):
 
 def test_stage_borders_and_names_are_drawn(tmp_path):
     run = analyze.read_run(two_stages(tmp_path / "toy"))
-    figure = analyze.new_figure(4)
-    analyze.draw_panels(figure, (1, 1), analyze.PANELS[:1], run)
+    with common.picture(tmp_path / "panel.png", 4) as figure:
+        analyze.draw_panels(figure, (1, 1), analyze.PANELS[:1], run)
     ax, = figure.axes
     assert [text.get_text() for text in ax.texts] == ["stage1", "stage2"]
     assert [text.get_position()[0] for text in ax.texts] == [3, 8]
@@ -213,12 +226,13 @@ def test_stage_borders_and_names_are_drawn(tmp_path):
 
 def test_phases_add_up_to_the_seconds_logged(tmp_path):
     run = analyze.read_run(two_stages(tmp_path / "toy"))
-    ax = analyze.new_figure(4).add_subplot()
+    run[0][0]["timing_s/unknown"] = .07
+    ax = Figure().add_subplot()
     analyze.draw_phases(ax, run[0])
     labels = [area.get_label() for area in ax.collections]
     assert labels == ["gen_base", "gen_branch", "old_log_prob", "update_actor", "other", "rest"]
     tops = ax.collections[-1].get_paths()[0].vertices
-    assert tops[tops[:, 0] == 1][:, 1].max() == pytest.approx(.3 + .4 + .1 + .05 + .1 + .1 + .01)
+    assert tops[tops[:, 0] == 1][:, 1].max() == pytest.approx(.3 + .4 + .1 + .05 + .1 + .1 + .01 + .07)
 
 
 def test_runs_are_grouped_into_arms_with_seeds(tmp_path):
@@ -244,10 +258,10 @@ def test_over_seeds_keeps_the_steps_all_seeds_have():
 
 
 def test_fourteen_arms_differ_in_more_than_colour():
-    ax = analyze.new_figure(4).add_subplot()
+    ax = Figure().add_subplot()
     for i in range(14):
         analyze.draw_arm(ax, i, str(i), [([train_line(1), train_line(2)], [])], "actor/entropy", "step")
-    looks = [(line.get_color(), str(analyze.LINES[(i + i // 7) % 7])) for i, line in enumerate(ax.lines)]
+    looks = [(line.get_color(), str(line._unscaled_dash_pattern)) for line in ax.lines]
     assert len(set(looks)) == 14
     assert len({style for _, style in looks[:7]}) == 7 and len({colour for colour, _ in looks[:7]}) == 7
 
@@ -268,20 +282,27 @@ def test_curves_from_the_command_line_do_the_rest(tmp_path):
     run = two_stages(tmp_path / "toy")
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 11, "st')
-    done = run_script("curves", run)
+    done = run_tool("analyze", "curves", run)
     assert done.returncode == 0 and done.stderr.count("\n") == 1 and "is torn" in done.stderr
     assert str(run / "plots" / "headline.png") in done.stdout and "after stage2" in done.stdout
-    done = run_script("curves", tmp_path / "nowhere", run)
+    done = run_tool("analyze", "curves", tmp_path / "nowhere", run)
     assert done.returncode == 2 and "after stage2" in done.stdout
-    assert done.stderr.split("\n")[0] == f"analyze.py: error: {tmp_path / 'nowhere'}: no such run folder"
+    assert done.stderr.split("\n")[0] == f"error: {tmp_path / 'nowhere'}: no such run folder"
 
 
 def test_compare_from_the_command_line(tmp_path):
     run = two_stages(tmp_path / "toy-s1")
-    done = run_script("compare", run, tmp_path, "--out", tmp_path / "c.png")
-    assert done.returncode == 2 and done.stderr == f"analyze.py: error: {tmp_path} is no run: it has no metrics.jsonl\n"
+    done = run_tool("analyze", "compare", run, tmp_path, "--out", tmp_path / "c.png")
+    message = f"error: {tmp_path} is no run, or an incomplete one: it has no metrics.jsonl\n"
+    assert done.returncode == 2 and done.stderr == message
     assert done.stdout.rstrip().endswith(str(tmp_path / "c.png")) and (tmp_path / "c.png").is_file()
-    done = run_script("compare", run, run)
+    done = run_tool("analyze", "compare", run, run)
     assert (done.returncode, done.stdout.strip()) == (2, "") and done.stderr.count("\n") == 1 and "twice" in done.stderr
-    assert run_script("compare", tmp_path).returncode == 2
-    assert run_script("guess", run).returncode == 2
+    assert run_tool("analyze", "compare", tmp_path).returncode == 2
+    done = run_tool("analyze", "guess", run)
+    assert done.returncode == 2 and done.stderr.startswith("usage: python -m tools.analyze")
+
+
+def test_looking_at_files_imports_no_torch():
+    code = "import sys; from tools import analyze, branches, tree; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0

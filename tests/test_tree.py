@@ -1,49 +1,46 @@
-"""tree.py: on small groups written here, which rows it takes, what page and text show (and that no text of a model runs), and
-the numbers of `branches` against counts by hand."""
+"""tools.tree: on small groups written here, which rows it takes, what page and text show, that no text of a model runs.
+tools.branches: its numbers against counts by hand."""
 import html.parser
 import json
 import os
-import random
 import re
 import shutil
 import subprocess
-from collections import Counter
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from test_analyze import assert_picture, branch_metrics, run_script, train_line, write_run
+from test_analyze import assert_picture, branch_metrics, run_tool, train_line, write_run
 
 from lib import toy
-from tools import branches, tree
+from tools import branches, common, tree
 
-HOSTILE = ["</script><script>document.title='owned'</script>", "<img src=x onerror=\"document.title='owned'\">", "<!--<script>",
-           "&lt;b&gt;", "\x1b[2J\x1b]0;owned\x07", "\u202etxt", "\ud800", "a\nb", "\t", ""]  # fmt: skip
+HOSTILE = ["</script><script>document.title='owned'</script>", "<img src=x onerror=\"document.title='owned'\">",
+           "<!--<script>", "&lt;b&gt;", "\x1b[2J\x1b]0;owned\x07", "\u202etxt", "\ud800", "a\nb", "\t", ""]
+
+
 @pytest.fixture(autouse=True)
 def forget_warnings():
     """Every message is printed once in a process: each test wants its own."""
-    tree.warn.cache_clear()
+    common.warn.cache_clear()
 
 
-ARGS = SimpleNamespace(step=None, prompt=None, model=None, out=None, text=False)
-
-
-def row(parent, tokens, t_star=-1, correct=True, prefix=(), entropy=None, candidates=(), **more):
+def row(parent, tokens, t_star=None, correct=True, prefix=(), entropy=None, candidates=(), **more):
     n = len(tokens)
     ids = [sum(map(ord, token)) % 997 for token in tokens]
     return {"step": 1, "stage": "stage1", "prompt": "2+2?", "response": "".join(tokens), "prompt_id": 5, "group": 0,
-            "parent": parent, "t_star": t_star, "h_star": .5 if parent >= 0 else None, "candidates": list(candidates),
-            "prompt_ids": [1, 2], "prefix_ids": list(prefix), "response_ids": ids, "tokens": list(tokens), "logp": [-.1] * n,
-            "entropy": entropy or [.1] * n, "correct": correct, "reward": 1.0 if correct else -1.0,
-            "advantage": .5 if correct else -.5, "answer": "4", "finish": "stop", **more}
+            "parent": parent, "t_star": t_star, "h_star": None if t_star is None else .5,
+            "candidates": list(candidates), "prompt_ids": [1, 2], "prefix_ids": list(prefix), "response_ids": ids,
+            "tokens": list(tokens), "logp": [-.1] * n, "entropy": entropy or [.1] * n,
+            "correct": correct, "reward": 1.0 if correct else -1.0, "advantage": .5 if correct else -.5,
+            "answer": "4", "finish": "stop", **more}
 
 
 def group(right="rwrwww", t_star=2, **more):
-    """Two base responses of five tokens with two branches each, right or wrong as spelled: base, base, then the branches."""
+    """Two base responses of five tokens with two branches each, right or wrong as spelled: base, base, branches."""
     verdicts = [c == "r" for c in right]
     text, h = ["So", ".", " x", "=", "4"], [.9, .1, .7, .3, 0.]
     base = [row(-1, text, correct=ok, entropy=h, candidates=[2, 3]) for ok in verdicts[:2]]
-    branches = [row(i, [first, " end"], t_star, ok, base[i]["response_ids"][:t_star])
+    branches = [row(i, [first, " end"], t_star, ok, base[i]["response_ids"][:t_star or 0])
                 for i, first, ok in zip([0, 0, 1, 1], [" x", " y", " z", " z"], verdicts[2:], strict=True)]
     return [one | more for one in base + branches]
 
@@ -76,7 +73,7 @@ def test_a_row_that_is_no_rollout_costs_its_group_only(tmp_path, capsys):
                        ("step", [])):
         bad = group(group=1)
         bad[4] |= {key: wrong}
-        kept = [rows[0]["group"] for _, groups in tree.steps_of(tree.read_samples(write_samples(tmp_path, group(), bad)))
+        kept = [rows[0]["group"] for _, groups in tree.groups_by_step(write_samples(tmp_path, group(), bad))
                 for rows in groups]
         assert kept == [0], key
     assert "samples.jsonl, line 11: its fields do not fit together: left out" in capsys.readouterr().err
@@ -84,7 +81,7 @@ def test_a_row_that_is_no_rollout_costs_its_group_only(tmp_path, capsys):
 
 def test_a_file_that_ends_inside_a_group_shows_no_part_of_it(tmp_path, capsys):
     for rows in (2, 4):  # two base responses, and two with both branches of the first
-        tree.warn.cache_clear()
+        common.warn.cache_clear()
         run = write_samples(tmp_path, group(), group(step=2)[:rows], tail='{"step": 2, "par')
         assert tree.choose_group(run)[0]["step"] == 1 and "step 2, group 0: rows are missing" in capsys.readouterr().err
 
@@ -92,7 +89,7 @@ def test_a_file_that_ends_inside_a_group_shows_no_part_of_it(tmp_path, capsys):
 def test_a_torn_row_costs_its_group_only(tmp_path, capsys):
     torn = json.dumps(group(group=2)[5])[:70]
     run = write_samples(tmp_path, group(), group(group=1, prompt_id=6)[1:], group(group=2, prompt_id=7)[:5], tail=torn)
-    (_, groups), = tree.steps_of(tree.read_samples(run))
+    (_, groups), = tree.groups_by_step(run)
     assert [rows[0]["group"] for rows in groups] == [0]
     message = capsys.readouterr().err
     assert "line 17 is torn: left out" in message
@@ -119,32 +116,36 @@ def test_the_tree_says_where_branches_leave_and_what_they_inherit(tmp_path):
     data = tree.tree_data(tmp_path, group(t_star=3))
     base, _, branch, *_ = data["leaves"]
     assert [leaf["name"] for leaf in data["leaves"]] == ["0", "1", "0.1", "0.2", "1.1", "1.2"]
-    assert (base["fork"], base["clause"], base["from"], base["h_star"]) == (3, 2, 0, .5), "the clause begins after `.`"
-    assert (branch["parent"], branch["fork"]) == (0, 3) and data["summary"] == "2 base responses × (1 + 2 branches), 2 of 6 right"
+    assert (base["fork"], base["t_star"], base["from"], base["h_star"]) == (3, 3, 0, .5)
+    assert (branch["parent"], branch["fork"]) == (0, 3)
+    assert data["summary"] == "2 base responses × (1 + 2 branches), 2 of 6 right"
     last = group(t_star=3)
     for one in last[2:]:
         one["prefix_ids"] = one["prefix_ids"][2:]
-    assert tree.tree_data(tmp_path, last)["leaves"][0]["from"] == 2, "clause: last"
+    data = tree.tree_data(tmp_path, last)
+    assert data["leaves"][0]["from"] == 2, "clause: last"
+    assert "branches inherit tokens 2 to 2 only:\n      ‹ x›" in tree.terminal(data)
     alone = tree.tree_data(tmp_path, group()[:2])
     assert alone["summary"] == "2 base responses, 1 of 2 right"
-    assert [alone["leaves"][0][key] for key in ("fork", "clause")] == [5, 5], "nothing is the clause before a fork"
+    assert [alone["leaves"][0][key] for key in ("fork", "from")] == [5, 0], "nothing is inherited"
 
 
-def test_the_clause_is_rollouts():
-    import rollout
-    rng, ends = random.Random(0), Counter()
-    for _ in range(300):
-        tokens = rng.choices([" a", "b", ".", ". ", "?", "!\n", "\n", " ", "3.5"], k=12)
-        t = rng.randrange(12)
-        ends[tree.clause_start(tokens, t)] += 1
-        assert tree.clause_start(tokens, t) == rollout.clause_start(tokens, t, SimpleNamespace(decode=lambda ids: ids[0])), tokens
-    assert len(ends) > 8
+def test_a_plain_resample_leaves_at_the_start_and_is_no_fork_at_position_0(tmp_path):
+    base, _, branch, *_ = tree.tree_data(tmp_path, group(t_star=None))["leaves"]
+    assert [base[key] for key in ("fork", "t_star", "h_star", "from")] == [0, None, None, 0] and branch["fork"] == 0
+    at_0 = tree.tree_data(tmp_path, group(t_star=0))
+    assert [at_0["leaves"][0][key] for key in ("fork", "t_star", "h_star")] == [0, 0, .5]
+    assert "shared up to t* = 0, H 0.500\n    base 0 goes on: 0 'So'" in tree.terminal(at_0)
+    on_file = branches.forks_on_file(write_samples(tmp_path, group(t_star=0), group(t_star=None, group=1)))
+    assert on_file["fallback"].tolist() == [0, 0, 1, 1] and on_file["depth"].tolist() == [0] * 4
+    assert on_file["rank"][:2].tolist() == [1, 1] and np.isnan(on_file["rank"][2:]).all(), "H 0.9 is the highest"
 
 
-def test_rows_without_token_texts_show_ids_and_say_so(tmp_path, capsys):
+def test_rows_without_token_texts_are_left_out_and_say_so(tmp_path, capsys):
     rows = [{key: x for key, x in one.items() if key != "tokens"} for one in group()]
-    leaf = tree.tree_data(tmp_path, rows)["leaves"][0]
-    assert leaf["tokens"] == [f" {i}" for i in rows[0]["response_ids"]] and "lacks `tokens`" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="holds no whole group"):
+        tree.choose_group(write_samples(tmp_path, rows))
+    assert "line 1: it lacks tokens: left out, and 5 lines more" in capsys.readouterr().err
 
 
 class Scripts(html.parser.HTMLParser):
@@ -191,14 +192,15 @@ def test_text_shows_the_same_and_no_control_character(tmp_path):
     text = tree.terminal(tree.tree_data(tmp_path, group()))
     assert "base 0  ✓ reward +1.00 advantage +0.50 · answer 4 · 5 tokens, stop" in text
     assert "candidates: 2 ' x' H 0.700 log-prob -0.100 · 3 '=' H 0.300" in text
-    assert "shared up to t* = 2, H 0.500\n      So.\n" in text and "base 0 goes on: 2 ' x'" in text and "« x»‹=›4" in text
+    assert "shared up to t* = 2, H 0.500\n      So.\n" in text
+    assert "base 0 goes on: 2 ' x'" in text and "« x»‹=›4" in text
     assert re.search(r"branch 1\.2  ✗ reward -1\.00.*first 0 ' z'.*\n      « z» end", text)
     coloured = tree.terminal(tree.tree_data(tmp_path, group()), colour=True)
     assert re.sub(r"\x1b\[[\d;]*m", "", coloured) == text and "\x1b[48;2;" in coloured
 
 
 def test_every_colour_is_darker_than_the_one_before():
-    linear = [[(c / 255 / 12.92 if c < 11 else ((c / 255 + .055) / 1.055) ** 2.4) for c in colour] for colour in tree.RAMP]
+    linear = [[c / 255 / 12.92 if c < 11 else ((c / 255 + .055) / 1.055) ** 2.4 for c in rgb] for rgb in tree.RAMP]
     luminance = [np.dot(rgb, (.2126, .7152, .0722)) for rgb in linear]
     assert all(a > 1.25 * b for a, b in zip(luminance, luminance[1:], strict=False)), luminance
 
@@ -232,11 +234,12 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 def test_in_a_browser_hostile_text_is_only_text_and_the_tree_is_drawn(tmp_path):
     (tmp_path / "tree.html").write_text(tree.page(tree.tree_data(tmp_path, hostile_group())), encoding="utf-8")
     sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium's sandbox does not start as root
-    done = subprocess.run([CHROMIUM, "--headless", *sandbox, "--disable-gpu", "--hide-scrollbars", "--window-size=1000,900",
-                           f"--user-data-dir={tmp_path}/user", f"--screenshot={tmp_path}/tree.png", "--dump-dom",
-                           f"{tmp_path}/tree.html"], capture_output=True, text=True, timeout=60)  # fmt: skip
+    done = subprocess.run([CHROMIUM, "--headless", *sandbox, "--disable-gpu", "--hide-scrollbars",
+                           "--window-size=1000,900", f"--user-data-dir={tmp_path}/user",
+                           f"--screenshot={tmp_path}/tree.png", "--dump-dom", f"{tmp_path}/tree.html"],
+                          capture_output=True, text=True, timeout=60)
     assert "<title>owned" not in done.stdout and "· prompt 5</title>" in done.stdout
-    assert done.stdout.count("data-i=") == 2 * 5 + 5 + 4 * 2, done.stderr  # ten hostile tokens, five, four branches of two
+    assert done.stdout.count("data-i=") == 2 * 5 + 5 + 4 * 2, done.stderr  # ten hostile tokens, five, four times two
     assert done.stdout.count("<script") == 2 and "<img" not in done.stdout
     assert_picture(tmp_path / "tree.png")
 
@@ -256,26 +259,30 @@ def test_branches_table_against_counts_by_hand(tmp_path):
     assert table["base responses that are right"][1] == "0.500" and table["branches that are right"][1] == "0.375"
     assert table["branches with another verdict than their parent"] == ["-", "0.375"]
     assert table["pairs of base responses of a prompt with different verdicts"][1] == "1.000"
-    assert table["depth of t*, tokens (0 without a critical token)"][1] == "1.5" and table["entropy at t*, nats"][1] == "0.400"
+    assert table["depth of t*, tokens (0 without a critical token)"][1] == "1.5"
+    assert table["entropy at t*, nats"][1] == "0.400"
     assert table["different first tokens among them"][1] == "1.50", "x y, z z"
     assert table["that start with the token that was dropped"][1] == "12.5%", "one x of eight"
     assert table["generated tokens of a branch"][1] == "2.0"
     assert table["tokens saved by a branch against a fresh base response"][1] == "60.0%"
-    assert table["rank of its entropy in the response, 10th / 50th / 90th"][1] == "2 / 3 / 4", "0.7 is second, 0.1 fourth of five"
+    ranks = table["rank of its entropy in the response, 10th / 50th / 90th"][1]
+    assert ranks == "2 / 3 / 4", "0.7 is second, 0.1 fourth of five"
     assert table["groups that branched"] == ["-", "2"]
     right = branches.forks_on_file(write_samples(tmp_path, group("rrrrww")))
     assert right["flip"].tolist() == [0, 1] and right["branch"].tolist() == [1, 0], "right as their parent: none turned"
 
 
 def test_rates_over_all_sampled_rollouts_weigh_steps_by_their_groups(tmp_path):
-    lines = [train_line(1, **branch_metrics(1), **{"train/sampled_groups": 10, "branch/fallback_share": .1}),
-             train_line(2, **branch_metrics(2), **{"train/sampled_groups": 30, "branch/fallback_share": .2}),
+    lines = [train_line(1, **branch_metrics(1), **{"train/sampled_groups": 10, "branch/fallback_share_sampled": .1}),
+             train_line(2, **branch_metrics(2), **{"train/sampled_groups": 30, "branch/fallback_share_sampled": .2}),
              train_line(3, "stage2")]
-    lines[0] |= {"branch/accuracy_base": .5, "branch/accuracy_branch": .4, "branch/flip_rate": .3, "branch/entropy_at_t_star": .5}
-    lines[1] |= {"branch/accuracy_base": .7, "branch/accuracy_branch": .8, "branch/flip_rate": .1}
+    lines[0] |= {"branch/accuracy_base_sampled": .5, "branch/accuracy_branch_sampled": .4,
+                 "branch/flip_rate_sampled": .3, "branch/entropy_at_t_star_sampled": .5}
+    lines[1] |= {"branch/accuracy_base_sampled": .7, "branch/accuracy_branch_sampled": .8,
+                 "branch/flip_rate_sampled": .1}
     table = cells(branches.branches_table(branches.forks_sampled(write_run(tmp_path, lines)), {}))
-    assert table["groups that branched"] == ["40", "-"] and table["forks without a critical token (t* = 0)"][0] == "17.5%"
-    assert table["entropy at t*, nats"][0] == "0.718", "(0.5 x 9 + 0.8 x 24) / 33: 9 and 24 groups' worth of forks have a t*"
+    assert table["groups that branched"] == ["40", "-"] and table["forks without a critical token"][0] == "17.5%"
+    assert table["entropy at t*, nats"][0] == "0.718", "(0.5 x 9 + 0.8 x 24) / 33: forks of 9 and 24 groups have a t*"
     # step 1: of 10 groups right-right .3, right-wrong .2, wrong-right .1; step 2, of 30: .7, 0, .1
     assert [table[f"parent {a} -> branch {b}"][0] for a in ("right", "wrong") for b in ("right", "wrong")] == [
         "0.600", "0.050", "0.100", "0.250"]
@@ -285,10 +292,10 @@ def test_rates_over_all_sampled_rollouts_weigh_steps_by_their_groups(tmp_path):
 @pytest.mark.parametrize("files", ["both", "samples", "metrics"])
 def test_branches_draws_from_what_there_is(tmp_path, capsys, files):
     if files != "metrics":
-        write_samples(tmp_path, *(group(step=step) for step in (1, 2, 3)), group(t_star=0, step=4))
+        write_samples(tmp_path, *(group(step=step) for step in (1, 2, 3)), group(t_star=None, step=4))
     if files != "samples":
         write_run(tmp_path, [train_line(step, **branch_metrics(step)) for step in (1, 2, 3)])
-    printed = branches.branches_command(tmp_path, ARGS)
+    printed = branches.table_and_picture(tmp_path)
     assert printed.endswith("branches.png") and f"steps 1 to {3 if files == 'metrics' else 4}" in printed
     assert_picture(tmp_path / "plots" / "branches.png")
     missing = {"both": "", "samples": "no metrics.jsonl", "metrics": "no samples.jsonl"}[files]
@@ -296,28 +303,30 @@ def test_branches_draws_from_what_there_is(tmp_path, capsys, files):
 
 
 def test_forks_without_a_critical_token_have_no_rank(tmp_path):
-    run = write_samples(tmp_path, group(t_star=0))
+    run = write_samples(tmp_path, group(t_star=None))
     on_file = branches.forks_on_file(run)
     assert np.isnan(on_file["rank"]).all() and on_file["fallback"].all()
-    assert_picture(branches.branches_command(run, ARGS).split("\n")[-1])
-    assert "t* = 0: the branches are fresh samples" in tree.terminal(tree.tree_data(run, tree.choose_group(run)))
+    assert_picture(branches.table_and_picture(run).split("\n")[-1])
+    text = tree.terminal(tree.tree_data(run, tree.choose_group(run)))
+    assert "no critical token: the branches are fresh samples" in text
 
 
 def test_a_run_that_never_branched_says_so(tmp_path):
     with pytest.raises(ValueError, match="no branches in it"):
-        branches.branches_command(write_run(write_samples(tmp_path, group()[:2]), [train_line(1)]), ARGS)
+        branches.table_and_picture(write_run(write_samples(tmp_path, group()[:2]), [train_line(1)]))
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 def test_tree_and_branches_from_the_command_line(tmp_path):
     run = write_samples(tmp_path / "toy", group())
-    done = run_script("tree", run, "--step", 1, "--prompt", 5)
+    done = run_tool("tree", run, "--step", 1, "--prompt", 5)
     page = run / "plots" / "tree-step1-prompt5.html"
     assert done.stdout == f"{page}: 2 base responses × (1 + 2 branches), 2 of 6 right\n"
     assert done.returncode == 0 and page.is_file()
-    assert run_script("tree", run, "--text").stdout == tree.terminal(tree.tree_data(run, group())) + "\n", "no colour in a pipe"
-    done = run_script("branches", tmp_path / "nowhere", run)
+    text = tree.terminal(tree.tree_data(run, group()))
+    assert run_tool("tree", run, "--text").stdout == text + "\n", "no colour in a pipe"
+    done = run_tool("branches", tmp_path / "nowhere", run)
     assert done.returncode == 2 and "parent right -> branch right" in done.stdout
-    assert done.stderr.splitlines() == [f"analyze.py: error: {tmp_path / 'nowhere'}: no such run folder",
-                                        f"analyze.py: {run} is no run: it has no metrics.jsonl"]
+    assert done.stderr.splitlines() == [f"error: {tmp_path / 'nowhere'}: no such run folder",
+                                        f"{run} is no run, or an incomplete one: it has no metrics.jsonl"]

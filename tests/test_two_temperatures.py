@@ -1,7 +1,6 @@
-"""two_temperatures.py: the two temperatures against plain decoding and brute force, the table by hand, and the command."""
+"""tools.two_temperatures: against plain decoding and brute force, the table by hand, and the command."""
 import json
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ from test_analyze import assert_picture
 from lib.config import Config
 from lib.engine import Sampling, TorchEngine
 from lib.policy import load_lm
-from tools import analyze, two_temperatures
+from tools import common, two_temperatures
 
 PROMPTS, SEEDS, N = [[5, 12, 3], [7, 12, 3, 10, 15], [9, 15]], [11, 22, 33], 3
 
@@ -27,8 +26,9 @@ def tokens(answers):
 
 
 def test_one_temperature_at_forks_and_elsewhere_is_plain_sampling_at_it(sharp):
-    plain, fork = engine(TorchEngine, sharp), engine(two_temperatures.ForkEngine, sharp)
-    for high, low, threshold, temperature in ((1, 1, .672, 1.0), (.7, .7, 1.5, .7), (.5, 9., -1, .5), (9., 1.3, 99, 1.3)):
+    plain, fork = engine(TorchEngine, sharp), engine(two_temperatures.TwoTemperatureEngine, sharp)
+    cases = (1, 1, .672, 1.0), (.7, .7, 1.5, .7), (.5, 9., -1, .5), (9., 1.3, 99, 1.3)
+    for high, low, threshold, temperature in cases:
         fork.high, fork.low, fork.threshold = high, low, threshold
         expected = plain.generate(PROMPTS, N, Sampling(20, temperature), SEEDS)
         got = fork.generate(PROMPTS, N, Sampling(20), SEEDS)
@@ -39,7 +39,7 @@ def test_one_temperature_at_forks_and_elsewhere_is_plain_sampling_at_it(sharp):
 
 def test_two_temperatures_agree_with_brute_force(sharp):
     """Every token again, by a forward of the whole sequence in float64, H of its logits, eq. 5, and the same noise."""
-    fork, lm = engine(two_temperatures.ForkEngine, sharp), load_lm(sharp, torch.float64, "eager")
+    fork, lm = engine(two_temperatures.TwoTemperatureEngine, sharp), load_lm(sharp, torch.float64, "eager")
     fork.high, fork.low, fork.threshold = 1.6, .4, 2.3
     got = fork.generate(PROMPTS, N, Sampling(20), SEEDS)
     drawn, forks = 0, 0
@@ -59,9 +59,9 @@ def test_two_temperatures_agree_with_brute_force(sharp):
 
 
 def test_table_is_means_and_errors_over_prompts():
-    cells = {(1., 1.): {"right": np.array([.5, 0, 1]), "length": 10, "cut": 0, "forks": .25},
-             (1.5, 1.): {"right": np.array([1, .5, 1]), "length": 12, "cut": .5, "forks": .2}}
-    rows = [line.split("  ") for line in two_temperatures.fork_table(cells).split("\n")]
+    cells = {(1., 1.): {"right": np.array([.5, 0, 1]), "length": 10, "cut": 0, "high": .25},
+             (1.5, 1.): {"right": np.array([1, .5, 1]), "length": 12, "cut": .5, "high": .2}}
+    rows = [line.split("  ") for line in two_temperatures.accuracy_table(cells).split("\n")]
     rows = [[cell.strip() for cell in row if cell.strip()] for row in rows]
     # errors: sd with n - 1 over sqrt(3): 0.5 / 1.732, 0.2887 / 1.732; differences 0.5, 0.5, 0: the same 0.2887 / 1.732
     assert rows[1] == ["1", "1", "0.500 ± 0.289", "10.0", "0.000", "25.0%"]
@@ -71,11 +71,9 @@ def test_table_is_means_and_errors_over_prompts():
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 def call(capsys, *argv):
-    analyze.warn.cache_clear()
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as done:
-        patch.setattr(sys, "argv", ["analyze.py", "forks", *map(str, argv)])
-        analyze.main()
-    return done.value.code, *capsys.readouterr()
+    """python -m tools.two_temperatures …, here -> (exit code, stdout, stderr)."""
+    common.warn.cache_clear()
+    return two_temperatures.main(list(map(str, argv))), *capsys.readouterr()
 
 
 KEYS = ["template=raw", "verifier=boxed", "max_prompt_tokens=32", "max_response_tokens=6", "eval_prompts=3", "eval_n=2"]
@@ -91,21 +89,21 @@ def test_a_run_is_swept_with_its_last_checkpoint(sharp, tmp_path, capsys):
     code, out, err = call(capsys, run, "seed=3", "--high", ".5,2", "--low", "1,2")
     assert code == 0 and "error" not in err and "step_000012/hf: 3 problems" in out and "2 responses each" in out
     rows = [line.split()[:2] for line in out.split("\n") if line[:1].isdigit()]
-    assert rows == [["0.5", "1"], ["0.5", "2"], ["1", "1"], ["2", "1"], ["2", "2"]], "1, 1 is always there to compare with"
-    assert_picture(run / "plots/forks.png")
+    assert rows == [["0.5", "1"], ["0.5", "2"], ["1", "1"], ["2", "1"], ["2", "2"]], "1, 1 is always there"
+    assert_picture(run / "plots/two_temperatures.png")
     assert call(capsys, run, "seed=3", "--high", ".5,2", "--low", "1,2")[1] == out, "seeded"
 
 
 def test_a_benchmark_is_read_and_graded_its_own_way(sharp, tmp_path):
     (tmp_path / "amc.jsonl").write_text(json.dumps({"question": "1+2?", "answer": 27.0}) + "\n")
     keys = [f"model={sharp}", f"eval_data=amc23:{tmp_path}/amc.jsonl", "template=raw", "max_response_tokens=6"]
-    task = two_temperatures.fork_setup(keys)[2]
+    task = two_temperatures.task_and_engine(keys)[2]
     assert task.verifier == "integer" and len(task.prompts) == 1
-    assert two_temperatures.fork_setup([*keys, "verifier=boxed"])[2].verifier == "boxed"
+    assert two_temperatures.task_and_engine([*keys, "verifier=boxed"])[2].verifier == "boxed"
     with pytest.raises(ValueError, match="eval_data: no benchmark 'amc24'; did you mean amc23"):
-        two_temperatures.fork_setup([*keys, "eval_data=amc24"])
-    with pytest.raises(ValueError, match="max_response_tokens: 4000 and the longest prompt, 4 tokens, are over the model"):
-        two_temperatures.fork_setup([*keys, "max_response_tokens=4000"])
+        two_temperatures.task_and_engine([*keys, "eval_data=amc24"])
+    with pytest.raises(ValueError, match="max_response_tokens: 4000 and the longest prompt, 4 tokens, are over"):
+        two_temperatures.task_and_engine([*keys, "max_response_tokens=4000"])
 
 
 def test_what_is_missing_is_one_line(sharp, tmp_path, capsys):
@@ -120,4 +118,5 @@ def test_what_is_missing_is_one_line(sharp, tmp_path, capsys):
     (run / "config.yaml").write_text(f"model: {sharp}\neval_data: {sharp}/heldout.jsonl\n")
     code, _, err = call(capsys, run)
     assert code == 2 and "no ckpt/*/hf" in err
-    assert call(capsys, f"model={sharp}", "--high", "0,1")[0] == 2, "no temperature of 0"
+    with pytest.raises(SystemExit, match="2"):  # no temperature of 0
+        call(capsys, f"model={sharp}", "--high", "0,1")

@@ -1,19 +1,11 @@
 """From a run folder to pictures and tables; needs the run's logs, no GPU and no model.
 
-    python analyze.py curves runs/toy                 the run's table, and runs/toy/plots/{curves,headline}.png
-    python analyze.py compare runs/toy-s1 runs/toy-s2 runs/toy-dapo-s1 [--out FILE]         several runs, in arms
-    python analyze.py tree runs/toy                   one prompt's group as a tree: see tree.py
-    python analyze.py branches runs/toy               what branching bought: see branches.py
-    python analyze.py entropy runs/toy                where models hesitate, by running the models: entropy.py
-    python analyze.py forks runs/toy                  decoding with two temperatures: forking.py
+    python -m tools.analyze curves runs/toy           the run's table, and runs/toy/plots/{curves,headline}.png
+    python -m tools.analyze compare runs/toy-s1 runs/toy-s2 runs/toy-dapo-s1 [--out FILE]         several runs, in arms
 
-Runs whose folder names differ only in a trailing `-s1` or `-seed1` are seeds of one arm. The colours are Okabe and
-Ito's; no line relies on colour alone, style and marker differ too. Below, a run is (training lines, evaluations).
+Runs whose folder names differ only in a trailing `-s1` or `-seed1` are seeds of one arm. Below, a run is what read_run
+returns: (training lines, evaluations).
 """
-import argparse
-import functools
-import importlib
-import json
 import os
 import re
 import sys
@@ -22,30 +14,27 @@ from pathlib import Path
 import numpy as np
 
 from lib.files import aligned
+from tools.common import command_line, for_each, look, panel, picture, read_run, run_file, value, warn
 
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#E69F00", "#000000", "#CC79A7", "#56B4E9"]
-LINES = ["-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (2, 1)), (0, (9, 3))]
-MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
-STYLE = {"font.size": 8.5, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": .25,
-         "lines.linewidth": 1.3, "lines.markersize": 3.5, "legend.frameon": False}
 PHASES = ["wake", "gen_base", "entropy", "gen_branch", "reward", "sleep", "old_log_prob", "update_actor", "sync",
           "eval", "save", "other"]  # timing_s/*, in the order of a step
 # (title, unit, {metric: label}); a metric that ends in `@` stands for the largest k logged. Each row of three answers a
 # question: how good? how sure? what do responses look like? what does a step cost? is the update healthy?
 PANELS = [
     ("Held-out accuracy", "share", {"eval/avg@": "avg@", "eval/pass@": "pass@"}),
-    ("Training accuracy", "share", {"train/accuracy": "all", "branch/accuracy_base": "base",
-                                    "branch/accuracy_branch": "branches"}),
+    ("Training accuracy", "share", {
+        "train/accuracy": "all", "branch/accuracy_base_sampled": "base", "branch/accuracy_branch_sampled": "branches"}),
     ("Training score", "score", {"critic/score/mean": "mean"}),
-    ("Entropy", "nats per token", {"actor/entropy": "base", "branch/entropy_branch": "branches",
-                                   "branch/entropy_all": "both", "eval/entropy": "held-out"}),
-    ("Entropy at forks", "nats per token", {"branch/entropy_at_t_star": "at t*", "eval/entropy_operands": "operands",
-                                            "eval/entropy_results": "results"}),
+    ("Entropy", "nats per token", {"actor/entropy": "base", "entropy/branch_kept": "branches",
+                                   "entropy/all_kept": "both", "eval/entropy": "held-out"}),
+    ("Entropy at forks", "nats per token", {
+        "branch/entropy_at_t_star_sampled": "at t*", "eval/entropy_operands": "operands",
+        "eval/entropy_results": "results"}),
     ("Distinct responses, held-out", "share of samples", {"eval/distinct": "distinct"}),
     ("Response length", "tokens", {"response_length/mean": "training", "eval/length": "held-out",
-                                   "branch/mean_depth": "depth of t*"}),
+                                   "branch/depth_sampled": "depth of t*"}),
     ("Truncated responses", "share", {"response_length/clip_ratio": "training", "eval/truncated": "held-out"}),
-    ("Branches with another reward", "share of branches", {"branch/flip_rate": "flip rate"}),
+    ("Branches with another reward", "share of branches", {"branch/flip_rate_sampled": "flip rate"}),
     ("Dynamic sampling", "groups per step", {"train/sampled_groups": "sampled", "train/kept_groups": "kept"}),
     ("Sampling rounds", "rounds per step", {"train/rounds": "rounds"}),
     ("Seconds by phase", "seconds per step", {f"timing_s/{phase}": phase for phase in PHASES}),
@@ -54,50 +43,6 @@ PANELS = [
     ("Engine against trainer", "|Δ log-prob|, nats", {"mismatch/mean_abs": "mean", "mismatch/max_abs": "max"}),
 ]
 X_AXES = {"step": "training steps", "opt_step": "optimizer steps", "tokens/generated": "generated tokens"}
-
-
-@functools.cache  # every message once, however often a file is read
-def warn(message):
-    print(f"analyze.py: {message}", file=sys.stderr)
-
-
-def metrics_file(folder):
-    """The path of a run's metrics.jsonl; ValueError says what is missing."""
-    path = Path(folder) / "metrics.jsonl"
-    if not path.parent.is_dir():
-        raise ValueError(f"{folder}: no such run folder")
-    if not path.is_file():
-        raise ValueError(f"{folder} is no run: it has no metrics.jsonl")
-    return path
-
-
-def read_run(folder):
-    """A run: (training lines, evaluations), each sorted by step; sft lines are left out.
-
-    A killed run goes on from its last checkpoint and logs the steps after it once more: the later line counts. A line
-    that does not parse (the last one of a killed run may be torn) is named on stderr and left out."""
-    path, train, evals = metrics_file(folder), [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
-        try:
-            row = json.loads(line or "{}")
-        except json.JSONDecodeError:
-            warn(f"{path}, line {number} is torn: left out")
-            continue
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int) or "sft/step" in row:
-            continue
-        step, held_out = row["step"], "actor/entropy" not in row and any(key.startswith("eval/") for key in row)
-        while train and train[-1]["step"] >= step + held_out:
-            train.pop()
-        while evals and (evals[-1]["step"] > step or
-                         held_out and evals[-1]["step"] == step and evals[-1].get("stage") == row.get("stage")):
-            evals.pop()
-        (evals if held_out else train).append(row)
-    return train, evals
-
-
-def value(row, key):
-    """A metric as a float, NaN where the line has none."""
-    return float(row[key]) if isinstance(row.get(key), (int, float)) else float("nan")
 
 
 def full_name(rows, key):
@@ -154,12 +99,21 @@ def summary_table(run):
         "eval/truncated": ".3f", "tokens/generated": "k"}) if rows else f"{run}: no evaluation was logged"
 
 
+def logged_phases(rows):
+    """The phases in these lines: the known ones in the order of a step, then all others. A table that says 100 % must
+    not drop one. timing_s/step is the total of a step and no phase."""
+    names = [key.removeprefix("timing_s/") for row in rows for key in row if key.startswith("timing_s/")]
+    return [phase for phase in dict.fromkeys([*PHASES, *names]) if phase in names and phase != "step"]
+
+
 def ledger(run, last=None):
-    """Where the time of a run went: seconds by phase, per training step and of all, then speed and memory. last: what was
-    timed after the last line of the log (the final checkpoint)."""
+    """Where the time of a run went: seconds by phase, per training step and of all, then speed and memory.
+
+    last: what was timed after the last line of the log (the final checkpoint)."""
     train, evals = read_run(run)
-    seconds = {phase: sum(value(row, f"timing_s/{phase}") for row in [*train, *evals, last or {}]
-                          if f"timing_s/{phase}" in row) for phase in PHASES}
+    rows = [*train, *evals, last or {}]
+    seconds = {phase: sum(value(row, key) for row in rows if (key := f"timing_s/{phase}") in row)
+               for phase in logged_phases(rows)}
     total = sum(seconds.values())
     if not train or not total:
         return f"{run}: no training step was logged"
@@ -171,8 +125,8 @@ def ledger(run, last=None):
         numbers = [value(row, key) for row in train if key in row]
         return f"{np.median(numbers):{form}}" if numbers else "-"
 
-    tail = (f"median of {len(train)} steps: {middle('perf/throughput', '.0f')} generated tokens/s and rank over the whole "
-            f"step, update {middle('perf/tflops', '.3g')} TFLOP/s and rank, MFU {middle('perf/mfu', '.1%')}, "
+    tail = (f"median of {len(train)} steps: {middle('perf/throughput', '.0f')} generated tokens/s and rank over the "
+            f"whole step, update {middle('perf/tflops', '.3g')} TFLOP/s and rank, MFU {middle('perf/mfu', '.1%')}, "
             f"peak {max((value(row, 'perf/peak_memory_gib') for row in train), default=0):.2f} GiB")
     return f"{aligned(rows)}\n{tail}"
 
@@ -197,26 +151,25 @@ def draw_lines(ax, run, metrics):
     """One line per metric that was logged; evaluations, being few, carry markers."""
     for i, (key, label) in enumerate(metrics.items()):
         points = np.array([*series(run, key).values()]).reshape(-1, 2)  # (n, step and metric)
-        marker = MARKERS[i] if len(points) == 1 or key.startswith("eval/") and len(points) <= 60 else ""
+        marked = len(points) == 1 or key.startswith("eval/") and len(points) <= 60
         label = full_name(run[1], key).removeprefix("eval/") if key.endswith("@") else label
         if len(points):
-            ax.plot(*points.T, color=COLOURS[i], ls=LINES[i], marker=marker, label=label)
+            ax.plot(*points.T, **look(i, marked), label=label)
 
 
 def draw_phases(ax, train):
     """Seconds by phase, stacked: the five longest in the order of a step, and the rest."""
-    seconds = {phase: np.nan_to_num([value(row, f"timing_s/{phase}") for row in train]) for phase in PHASES}
-    longest = sorted(PHASES, key=lambda phase: -seconds[phase].sum())[:5]
-    parts = {phase: seconds[phase] for phase in PHASES if phase in longest and seconds[phase].any()}
-    parts["rest"] = sum(seconds[phase] for phase in PHASES if phase not in longest)
+    phases = logged_phases(train)
+    seconds = {phase: np.nan_to_num([value(row, f"timing_s/{phase}") for row in train]) for phase in phases}
+    longest = sorted(seconds, key=lambda phase: -seconds[phase].sum())[:5]
+    parts = {phase: s for phase, s in seconds.items() if phase in longest and s.any()}
+    parts["rest"] = sum((s for phase, s in seconds.items() if phase not in longest), np.zeros(len(train)))
     shades = ["#0072B2", "#F0E442", "#009E73", "#56B4E9", "#D55E00"][:len(parts) - 1] + ["#CCCCCC"]  # dark, light, …
     ax.stackplot([row["step"] for row in train], *parts.values(), labels=list(parts), colors=shades, lw=0)
 
 
 def draw_panels(figure, shape, panels, run):
     """A panel from the top: title, legend, the names of the stages, the data with a dashed line where stages meet."""
-    from matplotlib import rcParams
-    columns, scale = 3 if shape[1] == 3 else 4, rcParams["font.size"] / STYLE["font.size"]
     steps, spans = [row["step"] for row in run[0] + run[1]], stage_spans(run)
     length = max(max(steps) - min(steps), 1)
     for place, (title, unit, metrics) in enumerate(panels, 1):
@@ -230,12 +183,9 @@ def draw_panels(figure, shape, panels, run):
             ax.yaxis.set_minor_formatter("")  # whole decades, so that the powers of ten are labels enough
         elif all((line.get_ydata() >= 0).all() for line in ax.lines):  # a share that is always 0 needs no axis below 0
             ax.set_ylim(bottom=max(ax.get_ylim()[0], -.05 * ax.get_ylim()[1]))
-        ax.legend(loc="lower left", bbox_to_anchor=(-.02, 1.06), ncols=columns, fontsize="small", columnspacing=1,
-                  handlelength=1 if phases else 2.4, handletextpad=.5, borderaxespad=.2, labelspacing=.3)
-        legend_rows = -(-len(ax.get_legend_handles_labels()[0]) // columns)
-        ax.set_title(title, loc="left", fontweight="bold", fontsize="medium", pad=scale * (16 + 13 * legend_rows))
         ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.set(xlabel="training step", ylabel=unit, xlim=(min(steps) - .02 * length, max(steps) + .02 * length))
+        ax.set_xlim(min(steps) - .02 * length, max(steps) + .02 * length)
+        panel(ax, title, 3 if shape[1] == 3 else 4, 1.2, 1 if phases else 2.4, xlabel="training step", ylabel=unit)
         for i, (name, first, last) in enumerate(spans):
             if i:
                 ax.axvline(first, color="black", ls=(0, (4, 3)), lw=.9, zorder=1)
@@ -244,29 +194,18 @@ def draw_panels(figure, shape, panels, run):
                         fontsize="small", color=".35")
 
 
-def new_figure(height):
-    from matplotlib.figure import Figure  # not pyplot: no global state, no display, always drawn by Agg
-    return Figure(figsize=(10, height), dpi=100, layout="constrained")  # 1000 pixels, the width of a README
-
-
 def curves(run):
     """Draws run/plots/curves.png (all that was logged) and headline.png (accuracy, entropy); returns their paths."""
-    from matplotlib import rc_context
-    lines = read_run(run)
-    panels = [panel for panel in PANELS if any(series(lines, key) for key in panel[2])]
+    lines, plots = read_run(run), Path(run) / "plots"
+    panels = [entry for entry in PANELS if any(series(lines, key) for key in entry[2])]
     if not panels:
         raise ValueError(f"{run}: metrics.jsonl holds no training step and no evaluation yet")
-    plots = Path(run) / "plots"
-    plots.mkdir(exist_ok=True)
     rows = -(-len(panels) // 3)
-    headline = [panel for panel in panels if panel[0] in ("Held-out accuracy", "Entropy")]
-    for name, height, shape, wanted, style in (
-            ("curves.png", 2.7 * rows, (rows, 3), panels, {}),
-            ("headline.png", 4, (1, 2), headline, {"font.size": 11, "lines.linewidth": 1.8, "lines.markersize": 5})):
-        with rc_context(STYLE | style):
-            figure = new_figure(height)
-            draw_panels(figure, shape, wanted, lines)
-            figure.savefig(plots / name)
+    with picture(plots / "curves.png", 2.7 * rows) as figure:
+        draw_panels(figure, (rows, 3), panels, lines)
+    headline = [entry for entry in panels if entry[0] in ("Held-out accuracy", "Entropy")]
+    with picture(plots / "headline.png", 4, {"font.size": 11, "lines.linewidth": 1.8, "lines.markersize": 5}) as figure:
+        draw_panels(figure, (1, 2), headline, lines)
     return [plots / "curves.png", plots / "headline.png"]
 
 
@@ -297,21 +236,19 @@ def draw_arm(ax, i, name, seeds, key, x):
     steps, values = over_seeds(seeds, key, x)
     if not steps:
         return
-    (mean_x, mean), colour = values.mean(0).T, COLOURS[i % len(COLOURS)]
-    style = (i + i // len(COLOURS)) % len(LINES)  # the eighth arm has the first colour again, but not its line
-    marker = MARKERS[style] if len(mean) == 1 or key.startswith("eval/") and len(mean) <= 40 else ""
-    ax.plot(mean_x, mean, color=colour, ls=LINES[style], marker=marker, label=name)
+    mean_x, mean = values.mean(0).T
+    line, = ax.plot(mean_x, mean, **look(i, len(mean) == 1 or key.startswith("eval/") and len(mean) <= 40), label=name)
     if len(seeds) > 1:
-        ax.fill_between(mean_x, values[..., 1].min(0), values[..., 1].max(0), color=colour, alpha=.18, lw=0)
+        ax.fill_between(mean_x, values[..., 1].min(0), values[..., 1].max(0), color=line.get_color(), alpha=.18, lw=0)
     for _, border, _ in stage_spans(seeds[0])[1:]:
-        ax.axvline(np.interp(border, steps, mean_x), color=colour, ls=":", lw=1)
+        ax.axvline(np.interp(border, steps, mean_x), color=line.get_color(), ls=":", lw=1)
 
 
 def compare(runs, out=None):
     """Overlays runs against steps, optimizer steps and generated tokens, prints the table; returns the picture's path.
 
     out: a picture file, or a folder for compare.png; by default the folder that holds the runs."""
-    from matplotlib import rc_context, ticker
+    from matplotlib import ticker
     arms, out = group_arms(runs), Path(out or os.path.commonpath([Path(run).resolve().parent for run in runs]))
     out = out if out.suffix and not out.is_dir() else out / "compare.png"
     metrics = {"eval/avg@": "held-out accuracy\n(avg@k, share)", "eval/entropy": "held-out entropy\n(nats per token)",
@@ -320,9 +257,8 @@ def compare(runs, out=None):
     metrics = {key: label for key, label in metrics.items() if any(over_seeds(arm, key)[0] for arm in arms.values())}
     if not metrics:
         raise ValueError("compare: these runs hold no training step and no evaluation yet")
-    with rc_context(STYLE | {"font.size": 9.5}):
-        figure, legend = new_figure(.8 + 2.4 * len(metrics)), {}
-        grid = figure.subplots(len(metrics), 3, sharex="col", sharey="row", squeeze=False)
+    with picture(out, .8 + 2.4 * len(metrics), {"font.size": 9.5}) as figure:
+        grid, legend = figure.subplots(len(metrics), 3, sharex="col", sharey="row", squeeze=False), {}
         for row, (key, label) in zip(grid, metrics.items(), strict=True):
             for ax, x in zip(row, X_AXES, strict=True):
                 for i, (name, seeds) in enumerate(arms.items()):
@@ -336,50 +272,30 @@ def compare(runs, out=None):
         grid[-1][2].xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
         figure.legend(legend.values(), legend.keys(), loc="outside upper center", ncols=4, handlelength=4,
                       title="line: mean over seeds · band: min to max · dotted: a new stage")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out)
     print(compare_table(arms))
     return out
 
 
-def main():
-    """The subcommands. What fails is one line on stderr, the rest is done; exit code 2 if anything failed."""
-    if sys.argv[1:2] in (["entropy"], ["forks"]):  # these run models: files of their own, and torch is imported
-        name = {"entropy": "tools.token_entropy", "forks": "tools.two_temperatures"}[sys.argv[1]]
-        sys.exit(importlib.import_module(name).main(sys.argv[2:]))
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def table_and_curves(run):
+    print(summary_table(run))
+    print(*curves(run), sep="\n")
+
+
+def main(argv):
+    """`curves` or `compare`. What cannot be read is one line on stderr, exit code 2, and the rest is done."""
+    parser = command_line("analyze", __doc__)
     what = parser.add_subparsers(dest="what", required=True)
     for name, text in (("curves", "draw each run"), ("compare", "overlay runs, seeds of an arm averaged")):
         sub = what.add_parser(name, help=text)
         sub.add_argument("runs", nargs="+", metavar="RUN", help="a run folder")
     sub.add_argument("--out", metavar="FILE", help="the picture (default: compare.png where the runs are)")
-    what.add_parser("entropy", help="where models hesitate, by running the models")
-    what.add_parser("forks", help="decoding with two temperatures")
-    from tools import branches, tree  # only as a script: these import this file
-    tree.add_command(what)
-    branches.add_command(what)
-    args, failed = parser.parse_args(), []
-
-    def attempt(function, *inputs):
-        """The result, or one line on stderr: what can be done is done, the exit code tells that something was not."""
-        try:
-            return function(*inputs)
-        except (ValueError, OSError) as error:
-            warn(f"error: {error}")
-            failed.append(function)
-
-    runs = args.runs if hasattr(args, "command") else [run for run in args.runs if attempt(metrics_file, run)]
-    if hasattr(args, "command"):  # tree, branches: samples.jsonl may be all they need
-        for run in runs:
-            if text := attempt(args.command, run, args):
-                print(text)
-    elif args.what == "compare" and runs:
-        print(attempt(compare, runs, args.out) or "")
-    elif args.what == "curves":
-        for run in runs:
-            print(*attempt(curves, run) or [], summary_table(run), sep="\n")
-    sys.exit(2 if failed else 0)
+    args = parser.parse_args(argv)
+    if args.what == "curves":
+        return for_each(table_and_curves, args.runs)
+    readable = []
+    code = for_each(lambda run: readable.append(run_file(run, "metrics.jsonl").parent), args.runs)
+    return code | for_each(lambda runs: compare(runs, args.out), [readable] if readable else [])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

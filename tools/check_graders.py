@@ -3,11 +3,10 @@
 
 import sys
 
-from lib.pool import unread_golds
 from lib import data
 from lib.data import BENCHMARKS, find_benchmark, grader
 from lib.files import aligned
-from lib.pool import VerifierPool
+from lib.pool import VerifierPool, unread_golds
 from lib.ranks import one_line_errors
 from reward import normalise
 

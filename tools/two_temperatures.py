@@ -1,20 +1,21 @@
 """Decoding with two temperatures: T_high where a model hesitates, T_low elsewhere (80/20, arXiv 2506.01939, eq. 5).
 
-    python analyze.py forks runs/toy [key=value …] [--high .5,1,1.5] [--low .5,1,1.5] [--threshold .672]
-    python analyze.py forks model=DIR eval_data=FILE.jsonl template=chat verifier=boxed max_response_tokens=512
+    python -m tools.two_temperatures runs/toy [key=value …] [--high .5,1,1.5] [--low .5,1,1.5] [--threshold .672]
+    python -m tools.two_temperatures model=DIR eval_data=FILE.jsonl template=chat verifier=boxed max_response_tokens=512
 
-Every T_high with every T_low, accuracy on the held-out problems, on the torch engine. The keys are cure.py's (eval_prompts,
-eval_n, seed, …; eval_temperature and eval_top_p do not count here, eq. 5 is of the whole distribution); of a run its config.yaml,
-last stage and last checkpoint. H is the entropy at T = 1, nats. P: problems.
+Every T_high with every T_low: accuracy on the held-out problems, on the torch engine. The keys are cure.py's. A run
+stands for its config.yaml, last stage and last checkpoint. eval_temperature and eval_top_p do not count: eq. 5 is of
+the whole distribution. H is the entropy at T = 1, nats. P: problems.
 """
 import argparse
-from functools import partial
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from lib import toy
 from lib.config import load_config
 from lib.data import Task, find_benchmark, grader, load_prompts
 from lib.engine import Sampling, TorchEngine, request_seed
@@ -22,14 +23,14 @@ from lib.files import aligned
 from lib.policy import compute_dtype, load_tokenizer
 from lib.pool import VerifierPool
 from reward import self_test
-from rollout import Rollout, score_rollouts
-from tools.analyze import COLOURS, LINES, MARKERS, STYLE, new_figure
-from tools.token_entropy import DEVICE, PAPER_80, panel, run_file, run_jobs, run_models
+from rollout import Rollout, grade
+from tools.common import command_line, for_each, look, panel, picture, run_file
+from tools.token_entropy import DEVICE, PAPER_80, run_models
 
 
-class ForkEngine(TorchEngine):
-    """80/20 eq. 5: temperature `high` where H > `threshold`, `low` elsewhere. The logits are divided by their position's
-    temperature before they are drawn from, at T = 1. drawn: [tokens drawn, those drawn at `high`] of the last generate()."""
+class TwoTemperatureEngine(TorchEngine):
+    """80/20 eq. 5: temperature `high` where H > `threshold`, `low` elsewhere. Logits are divided by their position's
+    temperature and then drawn from at T = 1. drawn: [tokens drawn, those at `high`] of the last generate()."""
 
     high, low, threshold = 1.0, 1.0, PAPER_80
 
@@ -42,29 +43,30 @@ class ForkEngine(TorchEngine):
         logits = super()._forward(ids, mask, pos, cache)  # (B, V)
         logp = logits.log_softmax(-1)
         h = -(logp.exp() * logp).nan_to_num(nan=0.0).sum(-1, keepdim=True)  # (B, 1); of a logit -inf 0, not 0 * inf
-        fork = h > self.threshold
-        self.drawn += copies * np.array([len(fork), int(fork.sum())])
-        return logits / torch.where(fork, self.high, self.low)
+        uncertain = h > self.threshold
+        self.drawn += copies * np.array([len(uncertain), int(uncertain.sum())])
+        return logits / torch.where(uncertain, self.high, self.low)
 
 
-def fork_setup(argv):
-    """Command line -> (config, model folder, task, ForkEngine, folder for the picture). argv: at most one run folder, whose
+def task_and_engine(argv):
+    """Command line -> (config, model folder, task, engine, folder for the picture). argv: at most one run folder, whose
     config.yaml and newest ckpt/*/hf are taken, and cure.py's key=value, which win. ValueError: what is missing."""
     runs, keys = [a for a in argv if "=" not in a], [a for a in argv if "=" in a]
     if len(runs) > 1:
-        raise ValueError(f"forks: one run at a time, got {' '.join(runs)}")
+        raise ValueError(f"two_temperatures: one run at a time, got {' '.join(runs)}")
     if runs:
         keys = ["--config", str(run_file(runs[0], "config.yaml")), *keys]
     cfg, given = load_config(keys)[-1][1], {key.split("=")[0] for key in keys}  # the last stage's
-    path = cfg.model if "model" in given else cfg.init_from or cfg.model
-    if runs and not given & {"model", "init_from"}:
-        checkpoints = [folder for label, folder in run_models(runs[0]).items() if label != "base"]
+    path = cfg.model
+    if runs and "model" not in given:
+        checkpoints = [folder for name, folder in run_models(runs[0]).items() if name != "base"]
         if not checkpoints:
             raise ValueError(f"{runs[0]} has no ckpt/*/hf: name a model with model=FOLDER")
         path = checkpoints[-1]
     if not cfg.eval_data:
         raise ValueError("eval_data: nothing to decode, name a benchmark or a file of problems")
-    source = f"{cfg.toy_dir}/heldout.jsonl" if cfg.eval_data == "toy" else find_benchmark(cfg.eval_data, "eval_data")[1]
+    own = cfg.eval_data == "toy"
+    source = f"{toy.FOLDER}/heldout.jsonl" if own else find_benchmark(cfg.eval_data, "eval_data")[1]
     tokenizer, gen_eos = load_tokenizer(path)
     stop_ids = set(cfg.stop_token_ids or [tokenizer.eos_token_id, *gen_eos]) - {None}
     if not stop_ids:
@@ -74,45 +76,44 @@ def fork_setup(argv):
     verifier = cfg.verifier if "verifier" in given else grader(cfg.eval_data, cfg.template) or cfg.verifier
     task = Task("eval", prompts, None, tokenizer, None, VerifierPool(timeout_s=20.0), verifier)
     self_test(verifier, task.verifiers)
-    engine = ForkEngine(cfg, path, DEVICE, compute_dtype(cfg, DEVICE), stop_ids)
+    engine = TwoTemperatureEngine(cfg, path, DEVICE, compute_dtype(cfg, DEVICE), stop_ids)
     context, longest = getattr(engine.model.config, "max_position_embeddings", None), max(len(p.ids) for p in prompts)
     if context and longest + cfg.max_response_tokens > context:
-        raise ValueError(f"max_response_tokens: {cfg.max_response_tokens} and the longest prompt, {longest} tokens, are over the "
-                         f"model's context of {context}")
+        raise ValueError(f"max_response_tokens: {cfg.max_response_tokens} and the longest prompt, {longest} tokens, "
+                         f"are over the model's context of {context}")
     engine.sync(engine.model.named_parameters())  # it was loaded with its weights
     return cfg, path, task, engine, Path(runs[0] if runs else ".") / "plots"
 
 
-def decode(cfg, task, engine, high, low):
-    """eval_n responses of every prompt with these two temperatures -> {right (P,): share of right ones a prompt, length: mean
-    tokens, cut: share that reached max_response_tokens, forks: share of tokens drawn at T_high}.
+def measure(cfg, task, engine, high, low):
+    """eval_n responses of every prompt with these two temperatures -> {right (P,): share of right ones a prompt,
+    length: mean tokens, cut: share that reached max_response_tokens, high: share of tokens drawn at T_high}.
 
-    Seeds are eval.py's, the same for all temperatures: what differs between two cells is not the noise."""
+    Seeds are eval.py's, the same for all temperatures: what differs between two of them is not the noise."""
     engine.high, engine.low = high, low
     seeds = [request_seed(cfg.seed, task.stage, 0, p.id, -1) for p in task.prompts]
     answers = engine.generate([p.ids for p in task.prompts], cfg.eval_n, Sampling(cfg.max_response_tokens), seeds)
     rollouts = [Rollout(p.ids, [], c.ids, c.logp, prompt_id=p.id, finish=c.finish)
                 for p, outs in zip(task.prompts, answers, strict=True) for c in outs]
-    score_rollouts(cfg, task, rollouts, {"reward": {}})
+    grade(cfg, task, rollouts)
     return {"right": np.array([r.correct for r in rollouts]).reshape(-1, cfg.eval_n).mean(1),
             "length": np.mean([len(r.response_ids) for r in rollouts]),
-            "cut": np.mean([r.finish == "length" for r in rollouts]), "forks": engine.drawn[1] / engine.drawn[0]}
+            "cut": np.mean([r.finish == "length" for r in rollouts]), "high": engine.drawn[1] / engine.drawn[0]}
 
 
-def forks(argv, highs, lows, threshold, out=None):
-    """Analysis (f): every T_high with every T_low, and T = 1 for both to compare with. Prints the table, draws forks.png."""
-    cfg, path, task, engine, plots = fork_setup(argv)
-    engine.threshold, P = threshold, len(task.prompts)
-    print(f"{path}: {P} problems of {cfg.eval_data}, {cfg.eval_n} responses each, T_high where H > {threshold:g} nats")
-    cells = {}
-    for pair in tqdm(dict.fromkeys([(1.0, 1.0), *((high, low) for high in highs for low in lows)]), disable=None):
-        cells[pair] = decode(cfg, task, engine, *pair)
+def sweep(args):
+    """Every T_high with every T_low, and T = 1 for both to compare with: prints the table, draws the picture."""
+    cfg, path, task, engine, plots = task_and_engine(args.settings)
+    engine.threshold = args.threshold
+    print(f"{path}: {len(task.prompts)} problems of {cfg.eval_data}, {cfg.eval_n} responses each, T_high where "
+          f"H > {args.threshold:g} nats")
+    pairs = dict.fromkeys([(1.0, 1.0), *((high, low) for high in args.high for low in args.low)])
+    cells = {pair: measure(cfg, task, engine, *pair) for pair in tqdm(pairs, disable=None)}
     task.verifiers.close()
-    print(fork_table(cells))
-    plots = Path(out) if out else plots
-    plots.mkdir(parents=True, exist_ok=True)
-    draw_forks(plots / "forks.png", cells, highs, lows, cfg.eval_n, threshold)
-    return [plots / "forks.png"]
+    print(accuracy_table(cells))
+    out = Path(args.out or plots) / "two_temperatures.png"
+    draw_accuracy(out, cells, sorted(set(args.high)), sorted(set(args.low)), cfg.eval_n, args.threshold)
+    return f"\nwritten: {out}\n"
 
 
 def mean_and_error(x):
@@ -120,37 +121,32 @@ def mean_and_error(x):
     return x.mean(), x.std(ddof=1) / np.sqrt(len(x)) if len(x) > 1 else float("nan")
 
 
-def fork_table(cells):
-    """{(T_high, T_low): decode()'s} -> a line a pair; the difference to T = 1 throughout is paired by problem."""
-    plain = cells[1.0, 1.0]["right"]
+def accuracy_table(cells):
+    """{(T_high, T_low): measure()'s} -> a line a pair; the difference to T = 1 throughout is paired by problem."""
     rows = [["T_high", "T_low", "accuracy", "against 1, 1", "length", "truncated", "tokens at T_high"]]
     for (high, low), cell in sorted(cells.items()):
         mean, error = mean_and_error(cell["right"])
-        gain, gain_error = mean_and_error(cell["right"] - plain)
+        gain, gain_error = mean_and_error(cell["right"] - cells[1.0, 1.0]["right"])
         rows.append([f"{high:g}", f"{low:g}", f"{mean:.3f} ± {error:.3f}",
                      f"{gain:+.3f} ± {gain_error:.3f}" if (high, low) != (1, 1) else "", f"{cell['length']:.1f}",
-                     f"{cell['cut']:.3f}", f"{cell['forks']:.1%}"])
+                     f"{cell['cut']:.3f}", f"{cell['high']:.1%}"])
     return aligned(rows) + "\n±: standard error over prompts; of a difference, of the prompts' differences"
 
 
-def draw_forks(path, cells, highs, lows, n, threshold):
+def draw_accuracy(path, cells, highs, lows, n, threshold):
     """Accuracy against T_high, a line per T_low, and the other way round; bars are standard errors over prompts."""
-    from matplotlib import rc_context
-    highs, lows = sorted(set(highs)), sorted(set(lows))
-    views = [("T_high", f"T_high: temperature of tokens with H > {threshold:g}", highs, lows, "T_low"),
-             ("T_low", "T_low: temperature of all other tokens", lows, highs, "T_high")]
+    grid = [[mean_and_error(cells[high, low]["right"]) for low in lows] for high in highs]  # (highs, lows, 2)
+    views = [("T_high", f"tokens with H > {threshold:g}", highs, "T_low", lows, np.array(grid)),
+             ("T_low", "all other tokens", lows, "T_high", highs, np.array(grid).transpose(1, 0, 2))]
     views = [view for view in views if len(view[2]) > 1] or views[:1]  # one value makes no curve
-    with rc_context(STYLE | {"font.size": 10.5}):
-        figure = new_figure(4.4)
-        for ax, (name, label, across, lines, other) in zip(figure.subplots(1, len(views), sharey=True, squeeze=False)[0], views,
-                                                           strict=True):
+    with picture(path, 4.4, {"font.size": 10.5}) as figure:
+        axes = figure.subplots(1, len(views), sharey=True, squeeze=False)[0]
+        for ax, (name, where, across, other, lines, values) in zip(axes, views, strict=True):
             for i, fixed in enumerate(lines):
-                points = [cells[(x, fixed) if name == "T_high" else (fixed, x)]["right"] for x in across]
-                ax.errorbar(across, *zip(*map(mean_and_error, points), strict=True), color=COLOURS[i % 7], ls=LINES[i % 7],
-                            marker=MARKERS[i % 7], ms=5, capsize=2, label=f"{other} {fixed:g}")
-            ax.set(xlabel=label, ylabel=f"accuracy (avg@{n}, share)" if ax.get_subplotspec().is_first_col() else "")
+                ax.errorbar(across, *values[:, i].T, **look(i), ms=5, capsize=2, label=f"{other} {fixed:g}")
+            ax.set_xlabel(f"{name}: temperature of {where}")
             panel(ax, f"(f) Accuracy against {name}", 3)
-        figure.savefig(path)
+        axes[0].set_ylabel(f"accuracy (avg@{n}, share)")
 
 
 def temperatures(text):
@@ -162,13 +158,16 @@ def temperatures(text):
 
 
 def main(argv):
-    """`analyze.py forks`; exit code 2 where something is missing."""
-    parser = argparse.ArgumentParser(prog="analyze.py forks", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    """A run, or a model and its problems; exit code 2 where something is missing."""
+    parser = command_line("two_temperatures", __doc__)
     parser.add_argument("settings", nargs="+", metavar="RUN|key=value", help="a run folder and keys, or keys alone")
     for name in ("--high", "--low"):
-        parser.add_argument(name, type=temperatures, default=[.5, .75, 1., 1.25, 1.5], metavar="T,T", help=".5,.75,1,1.25,1.5")
-    parser.add_argument("--threshold", type=float, default=PAPER_80, help="a token with H above it is a fork, nats (%(default)s)")
+        parser.add_argument(name, type=temperatures, default=[.5, .75, 1., 1.25, 1.5], metavar="T,T",
+                            help=".5,.75,1,1.25,1.5")
+    parser.add_argument("--threshold", type=float, default=PAPER_80, help="nats, T_high where H > it (%(default)s)")
     parser.add_argument("--out", metavar="DIR", help="where the picture goes (default: the run's plots, or plots)")
-    args = parser.parse_intermixed_args(argv)
-    return run_jobs([partial(forks, args.settings, args.high, args.low, args.threshold, args.out)])
+    return for_each(sweep, [parser.parse_intermixed_args(argv)])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
