@@ -4,8 +4,8 @@
     torchrun --nproc_per_node 8 cure.py --config configs/….yaml         # one node of GPUs
     python cure.py --config configs/toy.yaml stages.stage1.steps=3 lr=3e-5    # any setting, for all stages or one
 
-A step: sample n1 base responses a prompt, branch n2 times off each at a critical token, keep the groups that are neither
-all right nor all wrong, and take PPO-clip steps on them. Stage 2, and plain DAPO, is the same with n2 = 0.
+A step: sample n1 base responses a prompt, branch n2 times off each at a critical token, keep the groups that are
+neither all right nor all wrong, and take PPO-clip steps on them. Stage 2, and plain DAPO, is the same with n2 = 0.
 Symbols: P prompts · n1, n2, G = n1 (1 + n2) rollouts a prompt · N = P G · T response tokens of a micro-batch.
 """
 
@@ -32,14 +32,14 @@ from loss import group_advantages, mismatch, n_kept, policy_loss, token_mask, to
 from rollout import allowed_tokens, collect, critical_tokens, sampling_metrics, token_column
 
 
-# ------------------------------------------------------------------------------------------------------ one training step
+# ---------------------------------------------------------------------------------------------------- one training step
 def train_step(run, cfg, task):
-    """One training step from prompts to parameters -> its line of metrics. The engine is awake and fresh before and after.
-    Everything decided here is decided on data that all ranks hold."""
+    """One training step from prompts to parameters -> its line of metrics. The engine is awake and fresh before and
+    after. Everything decided here is decided on data that all ranks hold."""
     m, clock, step = {}, {}, run.state["stage_step"]
     with timed(clock, "step"):
-        # 1. Sample. n1 base responses a prompt, n2 branches off each, verdicts. Groups that are all right or all wrong teach
-        #    nothing, so more prompts are drawn until enough mixed groups are there. A step that keeps none updates nothing.
+        # 1. Sample. n1 base responses a prompt, n2 branches off each, verdicts. Groups that are all right or all wrong
+        #    teach nothing, so more prompts are drawn until enough mixed groups are there.
         sampled = collect(cfg, run.engine, run.policy, task, step, clock)
         kept, rows = sampled.kept, sampled.kept or sampled.spare  # spare: something to measure and show all the same
         m |= sampling_metrics(cfg, sampled)
@@ -86,8 +86,8 @@ class Minibatch(NamedTuple):
 
 
 def cut_minibatches(cfg, rollouts, world):
-    """Rollouts -> [Minibatch]. Groups are split as evenly as possible over ceil(groups / prompts_per_minibatch) optimizer
-    steps, so that no leftover gets a full step of its own."""
+    """Rollouts -> [Minibatch]. Groups are split as evenly as possible over ceil(groups / prompts_per_minibatch)
+    optimizer steps, so that no leftover gets a full step of its own."""
     groups, out = sorted({r.group for r in rollouts}), []
     for part in np.array_split(groups, -(-len(groups) // cfg.prompts_per_minibatch)):
         rows = [r for r in rollouts if part[0] <= r.group <= part[-1]]
@@ -123,7 +123,7 @@ def gap_limit(run, cfg):
         return cfg.max_logp_gap
     if run.policy.dtype == torch.float32:
         return 1e-3
-    # bf16: what this model's rounding makes of a fresh sync, times 3. Above 0.3 it is no rounding, on the first step either.
+    # bf16: what this model's rounding makes of a fresh sync, times 3. Above 0.3 it is no rounding, on any step.
     return min(0.3, max(0.05, 3 * run.state["first_gap"]))
 
 
@@ -133,14 +133,14 @@ def stop_if_apart(run, cfg, gap):
     if not gap["mean_abs"] <= (limit := gap_limit(run, cfg)):
         raise RuntimeError(
             f"step {run.state['step']}: engine and trainer disagree by {gap['mean_abs']:.2g} nats a token "
-            f"(k3 {gap['k3']:.2g}), limit {limit:.2g}: no update was made. Was the engine synced after the last update? "
-            "Same dtype, temperature and stop tokens on both sides? max_logp_gap sets the limit."
+            f"(k3 {gap['k3']:.2g}), limit {limit:.2g}: no update was made. Was the engine synced after the last "
+            "update? Same dtype, temperature and stop tokens on both sides? max_logp_gap sets the limit."
         )
 
 
 def set_advantages(method, rollouts):
-    """Write advantage into the rollouts. Base and branch rollouts of a prompt are one group, with one baseline.  (CURE-7)"""
-    scores, groups, parents = (torch.tensor([getattr(r, key) for r in rollouts]) for key in ("reward", "group", "parent"))
+    """Write advantage into the rollouts. Base and branches of a prompt are one group, with one baseline.  (CURE-7)"""
+    scores, groups, parents = (torch.tensor([getattr(r, k) for r in rollouts]) for k in ("reward", "group", "parent"))
     for r, advantage in zip(rollouts, method.group_advantages(scores, groups, parents).tolist(), strict=True):
         r.advantage = advantage
 
@@ -168,8 +168,8 @@ def optimizer_steps(run, cfg, method, minibatches):
 
 
 def minibatch_loss(run, cfg, method, mini, k, sums):
-    """The loss of a step's minibatch number k as a function of one of its micro-batches: loss_fn(rollouts, logp, entropy) ->
-    scalar. `sums`, a Counter, collects per-token sums for the log. A collective."""
+    """The loss of a step's minibatch number k as a function of one of its micro-batches: loss_fn(rollouts, logp,
+    entropy) -> scalar. `sums`, a Counter, collects per-token sums for the log. A collective."""
     seed = (cfg.seed, cfg.name, run.state["stage_step"], k)
     if method.survey_minibatch is not survey_minibatch:
         survey(run, cfg, method, mini, seed, first=k == 0)
@@ -178,7 +178,7 @@ def minibatch_loss(run, cfg, method, mini, k, sums):
     n_tokens, n_loss_tokens = sum(len(r.response_ids) for r in mini.rows), mask_minibatch(cfg, method, mini, seed)
 
     def loss_fn(rows, logp, entropy):
-        """A micro-batch's share of the loss. logp, entropy (T,): of its response tokens, by the current policy, nats."""
+        """A micro-batch's share of the loss. logp, entropy (T,): of its response tokens, by the policy as it is."""
         length = torch.tensor([len(r.response_ids) for r in rows], dtype=torch.long, device=logp.device)  # (n,)
         old = token_column(rows, lambda r: r.old_logp, logp.device)  # (T,)
         advantage = torch.tensor([r.advantage for r in rows], device=logp.device).repeat_interleave(length)
@@ -213,8 +213,8 @@ def masked(cfg, method):
 def mask_minibatch(cfg, method, mini, seed):
     """The 80/20 mask of a minibatch, written to r.mask -> tokens to divide the loss by, over all ranks.
 
-    Scope mini: exact-k on old-policy entropies over all ranks, so that it does not depend on the cut (8020-2). Scope micro:
-    each micro-batch chooses in its own forward. Norm all divides by all tokens of the minibatch."""
+    Scope mini: exact-k on old-policy entropies over all ranks, so that it does not depend on the cut (8020-2). Scope
+    micro: each micro-batch chooses in its own forward. Norm all divides by all tokens of the minibatch."""
     lengths = [len(r.response_ids) for r in mini.rows]
     if not masked(cfg, method):
         return sum(lengths)
@@ -235,14 +235,16 @@ def micro_mask(run, cfg, method, rows, entropy, seed):
     if cfg.entropy_mask_scope == "mini":
         return token_column(rows, lambda r: r.mask, entropy.device) > 0
     rng = torch.Generator().manual_seed(request_seed(*seed, run.rank, rows[0].seed if rows else 0))
-    return method.token_mask(entropy.detach(), rows, cfg.entropy_mask_rho, cfg.entropy_mask_side, rng).to(entropy.device)
+    keep = method.token_mask(entropy.detach(), rows, cfg.entropy_mask_rho, cfg.entropy_mask_side, rng)
+    return keep.to(entropy.device)
 
 
 def survey_minibatch(rows, logp, old_logp, advantage, generator, clip_low, clip_high):
     """A hook without a default. A method that has it declares that it needs numbers of the whole minibatch.
 
-    rows: the minibatch's rollouts over all ranks; logp, old_logp, advantage (N,) of all their tokens, logp under the present
-    policy; generator: seeded. Returns {name: (N,)}. The loss finds its part in r.survey[name] of each rollout."""
+    rows: the minibatch's rollouts over all ranks; logp, old_logp, advantage (N,) of all their tokens, logp under the
+    present policy; generator: seeded. Returns {name: (N,)}. The loss finds its part in r.survey[name] of each
+    rollout."""
     raise NotImplementedError("never called: a method brings its own")
 
 
@@ -268,7 +270,7 @@ def survey(run, cfg, method, mini, seed, first):
 
 
 def entropy_metrics(rollouts):
-    """Token means of the entropy over base, branch and all rollouts at hand: those of kept groups, where any was kept."""
+    """Token means of the entropy over base, branch and all rollouts at hand: of kept groups, where any was kept."""
     base, branch = ([r.entropy for r in rollouts if (r.parent >= 0) == side] for side in (False, True))
     parts = {"base": base, "branch": branch, "all": branch and base + branch}
     m = {f"entropy/{k}_kept": float(np.concatenate(h).mean()) for k, h in parts.items() if h}
@@ -278,7 +280,7 @@ def entropy_metrics(rollouts):
 HOOKS = {f.__name__: f for f in (critical_tokens, group_advantages, policy_loss, token_mask, survey_minibatch)}
 
 
-# ------------------------------------------------------------------------------------------------------------- the stages
+# ----------------------------------------------------------------------------------------------------------- the stages
 def setup(argv):
     """Everything that a user can get wrong is refused here, before a file of the run is written -> Run."""
     with one_line_errors():
@@ -335,7 +337,8 @@ def run_stage(run, name, cfg, bar):
 
 
 def evaluate_heldout(run, cfg):
-    """Evaluate on the held-out prompts with the engine in use, log and print. An sft stage's engine sleeps in between."""
+    """Evaluate on the held-out prompts with the engine in use, log and print. An sft stage's engine sleeps in
+    between."""
     if cfg.kind == "sft":
         run.refresh()
     result = evaluate(cfg, run.engine, run.policy, run.heldout[cfg.name], run.state["step"], run.regions)
@@ -354,7 +357,7 @@ def train(run):
     """The stages that are left. A signal ends them after the step at hand -> whether all were done."""
 
     def finish_step(signum, _):
-        if run.stop and signum == signal.SIGINT:  # Ctrl-C twice: at once. SIGTERM may come from launcher and scheduler both
+        if run.stop and signum == signal.SIGINT:  # Ctrl-C twice: at once. SIGTERM may come twice, from two senders
             raise KeyboardInterrupt
         run.stop = True
 

@@ -3,8 +3,8 @@
     python eval.py model=DIR_OR_HUB_ID benchmarks=aime24,math500:FILE.jsonl,OTHER.parquet preset=cure    # hub, or files
     torchrun --nproc_per_node 8 eval.py model=… benchmarks=aime24,aime25,amc23,math500,minerva,olympiad preset=dapo
 
-Any setting overrides the preset. Results in out_dir: eval.json (every setting, versions, hashes, numbers) and samples.jsonl
-(a line a problem with all its samples). The same command again goes on where an interrupted one stopped.
+Any setting overrides the preset. Results in out_dir: eval.json (every setting, versions, hashes, numbers) and
+samples.jsonl (a line a problem with all its samples). The same command again goes on where an interrupted one stopped.
 `evaluate` is also what cure.py calls while it trains. Symbols: k samples of n a problem, c of them right.
 """
 
@@ -43,12 +43,12 @@ PRESETS = {
     "entropy": {"template": "boxed", "eval_temperature": 1.0, "eval_top_p": 1.0, "max_response_tokens": 4096},
 }
 # what the samples depend on: in eval.json, and refused if it differs when an evaluation goes on
-KEYS = ("template", "system_prompt", "stop_token_ids", "verifier", "max_prompt_tokens", "max_response_tokens", "eval_data",
-        "eval_prompts", "eval_n", "eval_temperature", "eval_top_p", "engine", "dtype", "seed")  # fmt: skip
+KEYS = ("template", "system_prompt", "stop_token_ids", "verifier", "max_prompt_tokens", "max_response_tokens",
+        "eval_data", "eval_prompts", "eval_n", "eval_temperature", "eval_top_p", "engine", "dtype", "seed")  # fmt: skip
 NO_ANSWER = (INVALID, "[TIMEOUT]", "[CRASH]")  # reward.py's marks; [0,1] is an answer and has a vote
 
 
-# ------------------------------------------------------------------------------------------------------------- the numbers
+# ---------------------------------------------------------------------------------------------------------- the numbers
 def pass_at_k(n, c, k):
     """Unbiased estimate of P(at least one of k samples is right) from c right ones among n: 1 - C(n-c, k) / C(n, k)
     (M. Chen et al. 2021, arXiv 2107.03374, eq. 1)."""
@@ -56,16 +56,17 @@ def pass_at_k(n, c, k):
 
 
 def majority(samples):
-    """Whether the most frequent answer is right. Answers vote in reward.normalise's form (0.5 and 1/2 are two), no answer
-    has no vote, of a tie the first seen wins; no votes at all: wrong."""
+    """Whether the most frequent answer is right. Answers vote in reward.normalise's form (0.5 and 1/2 are two), no
+    answer has no vote, of a tie the first seen wins; no votes at all: wrong."""
     votes = [(normalise(s["answer"]), s["correct"]) for s in samples if s["answer"] not in NO_ANSWER]
     winner = Counter(v for v, _ in votes).most_common(1)
     return next((correct for v, correct in votes if winner and v == winner[0][0]), False)
 
 
 def summary(rows, n):
-    """The eval/* numbers of graded rows (see sample), n samples each. eval/stderr is of avg@n over problems: their standard
-    deviation (n - 1) / sqrt(problems), nan for one; timeout, crash and parse_fail count samples; length is in tokens."""
+    """The eval/* numbers of graded rows (see sample), n samples each. eval/stderr is of avg@n over problems: their
+    standard deviation (n - 1) / sqrt(problems), nan for one; timeout, crash and parse_fail count samples; length is in
+    tokens."""
     samples = [s for r in rows for s in r["samples"]]
     right = [sum(s["correct"] for s in r["samples"]) for r in rows]
     avg = np.array(right) / n
@@ -85,8 +86,9 @@ def summary(rows, n):
 
 
 def sample(cfg, engine, task, prompts, step):
-    """eval_n graded responses of each of this rank's prompts -> [{id, prompt, gold, samples: [{correct, answer, finish, text,
-    ids}]}]. Every prompt has its own seed: neither ranks, chunks nor an interruption change the noise."""
+    """eval_n graded responses of each of this rank's prompts -> [{id, prompt, gold, samples: [{correct, answer,
+    finish, text, ids}]}]. Every prompt has its own seed: neither ranks, chunks nor an interruption change the
+    noise."""
     seeds = [request_seed(cfg.seed, task.stage, step, p.id, -1) for p in prompts]
     sampling = Sampling(cfg.max_response_tokens, cfg.eval_temperature, cfg.eval_top_p)
     answers = engine.generate([p.ids for p in prompts], cfg.eval_n, sampling, seeds)
@@ -94,25 +96,26 @@ def sample(cfg, engine, task, prompts, step):
               for p, outs in zip(prompts, answers, strict=True)]  # fmt: skip
     grade(cfg, task, sum(groups, []))
     return [
-        {"id": p.id, "prompt": p.text, "gold": p.answer,
-         "samples": [{"correct": r.correct, "answer": r.answer, "finish": r.finish, "text": r.text, "ids": r.response_ids}
-                     for r in rollouts]}
+        {"id": p.id, "prompt": p.text, "gold": p.answer, "samples": [
+            {"correct": r.correct, "answer": r.answer, "finish": r.finish, "text": r.text, "ids": r.response_ids}
+            for r in rollouts]}
         for p, rollouts in zip(prompts, groups, strict=True)
     ]  # fmt: skip
 
 
 def evaluate(cfg, engine, policy, task, step, regions=None, rows=None, save=None):
-    """Sample eval_n responses of every prompt of task, sharded over the ranks, and grade them -> eval/* numbers, the same on
-    every rank. With a policy: also eval/entropy (see entropies). A collective.
+    """Sample eval_n responses of every prompt of task, sharded over the ranks, and grade them -> eval/* numbers, the
+    same on every rank. With a policy: also eval/entropy (see entropies). A collective.
 
-    rows: what an interrupted evaluation already has, extended in place. save(new rows): called on every rank after a chunk
-    of 4 engine_rows samples a rank on a GPU, engine_rows on a CPU; without it there is one chunk."""
+    rows: what an interrupted evaluation already has, extended in place. save(new rows): called on every rank after a
+    chunk of 4 engine_rows samples a rank on a GPU, engine_rows on a CPU; without it there is one chunk."""
     rank, world, seconds = dist.get_rank(), dist.get_world_size(), {}
     rows = [] if rows is None else rows
     with timed(seconds, "eval"):
         done = {r["id"] for r in rows}
         todo = [p for p in task.prompts if p.id not in done]
-        size = world * max(1, cfg.engine_rows * (4 if torch.cuda.is_available() else 1) // cfg.eval_n) if save else len(todo)
+        rows_here = cfg.engine_rows * (4 if torch.cuda.is_available() else 1)
+        size = world * max(1, rows_here // cfg.eval_n) if save else len(todo)
         for start in range(0, len(todo), max(1, size)):
             new = gather(sample(cfg, engine, task, todo[start : start + size][rank::world], step))
             new.sort(key=lambda r: r["id"])
@@ -127,10 +130,11 @@ def evaluate(cfg, engine, policy, task, step, regions=None, rows=None, save=None
 
 
 def entropies(cfg, policy, task, rows, regions=None):
-    """{eval/entropy: nats}, the policy's entropy at the sampling temperature (top_p does not enter), token mean over all
-    responses, by the trained model's forward. A collective.
+    """{eval/entropy: nats}, the policy's entropy at the sampling temperature (top_p does not enter), token mean over
+    all responses, by the trained model's forward. A collective.
 
-    regions: optional text -> {name: per-character bools}, for character-level tokenizers: the toy's split of the entropy."""
+    regions: optional text -> {name: per-character bools}, for character-level tokenizers: the toy's split of the
+    entropy."""
     prompt_ids = {p.id: p.ids for p in task.prompts}
     mine = [(r["id"], s) for r in rows[dist.get_rank() :: dist.get_world_size()] for s in r["samples"]]
     scored = policy.score_local([Rollout(prompt_ids[i], [], s["ids"]) for i, s in mine], cfg.eval_temperature or 1.0)
@@ -141,15 +145,16 @@ def entropies(cfg, policy, task, rows, regions=None):
             mask = np.array(mask[: len(h)] + [False] * (len(h) - len(mask)), bool)
             parts.append((i, "_" + name, float(h[mask].sum()), int(mask.sum())))
     sums = {}
-    for _, name, total, count in sorted(gather(parts), key=lambda p: p[0]):  # one order of addition on any number of ranks
+    for _, name, total, count in sorted(gather(parts), key=lambda p: p[0]):  # one order of addition on any ranks
         a, b = sums.get(name, (0.0, 0))
         sums[name] = a + total, b + count
     return {f"eval/entropy{name}": a / max(1, b) for name, (a, b) in sums.items()}
 
 
-# ------------------------------------------------------------------------------------------------- benchmarks and presets
+# ----------------------------------------------------------------------------------------------- benchmarks and presets
 def benchmark_stages(argv):
-    """Command line -> ([(benchmark's name, its Config)], preset). Precedence: defaults < file < preset < command line."""
+    """Command line -> ([(benchmark's name, its Config)], preset). Precedence: defaults < file < preset < command
+    line."""
     own = dict(a.split("=", 1) for a in argv if a.startswith(("benchmarks=", "preset=")))
     argv = [a for a in argv if not a.startswith(("benchmarks=", "preset="))]
     preset = own.get("preset") or ("cure" if own.get("benchmarks") else "")
@@ -176,7 +181,7 @@ def benchmark_stages(argv):
     return list(stages.items()), preset
 
 
-# ------------------------------------------------------------------------------------------------------------- the script
+# ----------------------------------------------------------------------------------------------------------- the script
 def results_table(results):
     """One line a benchmark, then the mean of their avg@n. results: {name: numbers}, None for a number there is not."""
     ks = sorted({int(k.split("@")[1]) for r in results.values() for k in r if k.startswith("eval/pass@")} - {1})
@@ -206,8 +211,8 @@ def model_hash(path):
 
 
 def open_results(run, report):
-    """Rank 0: lock out_dir, refuse what was begun with other settings, cut a torn last line off -> rows of samples.jsonl.
-    `report` takes over what eval.json holds of other benchmarks. ValueError names the key."""
+    """Rank 0: lock out_dir, refuse what was begun with other settings, cut a torn last line off -> rows of
+    samples.jsonl. `report` takes over what eval.json holds of other benchmarks. ValueError names the key."""
     lock(run)
     report["model_sha256"] = model_hash(run.path)
     path, old = f"{run.out}/samples.jsonl", read_json(f"{run.out}/eval.json") or {}

@@ -100,7 +100,8 @@ def group_advantages(scores, groups, parents=None):
 
 
 def policy_loss(logp, old_logp, advantage, entropy=None, rows=None, clip_low=0.2, clip_high=0.28, *, clip_dual=10.0):
-    """PPO-clip loss of each token with DAPO's wider upper bound, and the dual clip for A < 0 (arXiv 1912.09729).  (DAPO-1)
+    """PPO-clip loss of each token with DAPO's wider upper bound, and the dual clip for A < 0 (arXiv 1912.09729).
+    (DAPO-1)
 
     logp, old_logp, advantage (T,) fp32. entropy (T,) and rows, the micro-batch's rollouts, are for methods that use
     them. Returns the loss (T,), to be minimised, and a dict of numbers or bools (T,) that are logged as actor/NAME,
@@ -120,7 +121,8 @@ def policy_loss(logp, old_logp, advantage, entropy=None, rows=None, clip_low=0.2
 
 
 def token_weights(counts, lengths, agg, n_tokens, n_sequences):
-    """Weight of each token's loss, so that the minibatch loss is a plain sum over tokens, micro-batches and ranks.  (DAPO-2)
+    """Weight of each token's loss, so that the minibatch loss is a plain sum over tokens, micro-batches and ranks.
+    (DAPO-2)
 
     lengths (n,): response tokens of the micro-batch's n rollouts. counts (n,): how many of them enter the mean, fewer
     under an entropy mask. n_tokens, n_sequences: totals of counts and rollouts in the *minibatch over all ranks*, known
@@ -144,7 +146,8 @@ def token_weights(counts, lengths, agg, n_tokens, n_sequences):
 
 # ------------------------------------------------------------------------------------------------------ entropy mask
 def n_kept(n, rho):
-    """How many of n tokens the 80/20 mask keeps: max(1, ceil(rho n)). The round() undoes 0.07 * 100 = 7.000000000000001."""
+    """How many of n tokens the 80/20 mask keeps: max(1, ceil(rho n)). The round() undoes 0.07 * 100 =
+    7.000000000000001."""
     return max(1, math.ceil(round(rho * n, 6))) if n else 0
 
 
@@ -168,13 +171,13 @@ def token_mask(entropy, rows=None, rho=0.2, side="top", generator=None):
 
 # ------------------------------------------------------------------------------------------------- trainer vs engine
 def mismatch(logp, engine_logp):
-    """How far the trainer is from the engine that sampled. logp, engine_logp (T,), nats -> floats: mean |d|, max |d|, and
-    the k3 estimate of the KL, mean(e^d - 1 - d) >= 0, with d = logp - engine_logp (J. Schulman 2020)."""
+    """How far the trainer is from the engine that sampled. logp, engine_logp (T,), nats -> floats: mean |d|, max |d|,
+    and the k3 estimate of the KL, mean(e^d - 1 - d) >= 0, with d = logp - engine_logp (J. Schulman 2020)."""
     d = (logp - engine_logp).double()
     return {"mean_abs": d.abs().mean().item(), "max_abs": d.abs().max().item(), "k3": (d.expm1() - d).mean().item()}
 
 
 def truncated_importance(old_logp, engine_logp, cap):
-    """Token-level truncated importance weight min(pi_train_old / pi_engine, cap), detached (TIS). All (T,). Multiplied into
-    a token's loss it corrects for an engine whose probabilities differ a little from the trainer's."""
+    """Token-level truncated importance weight min(pi_train_old / pi_engine, cap), detached (TIS). All (T,). Multiplied
+    into a token's loss it corrects for an engine whose probabilities differ a little from the trainer's."""
     return (old_logp - engine_logp).clamp(-20, 20).exp().clamp(max=cap).detach()

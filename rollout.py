@@ -47,11 +47,12 @@ class Rollout:
 
 
 def token_column(rows, get, device="cpu"):
-    """get(rollout) -> (T,) array, of all rows one after the other: a tensor on `device`, empty where there are no rows."""
+    """get(rollout) -> (T,) array, of all rows one after the other: a tensor on `device`, empty where there are no
+    rows."""
     return torch.from_numpy(np.concatenate([np.empty(0, np.float32), *(get(r) for r in rows)])).to(device)
 
 
-# ------------------------------------------------------------------------------------------ the critical token and the clause
+# ------------------------------------------------------------------------------------ the critical token and the clause
 def allowed_tokens(tokenizer, vocab_size, min_token_chars=2, stop_ids=()):
     """Which tokens may be critical: bool (V,). Not special or stop ids, not ids beyond the tokenizer (the model's V is
     often padded), not tokens whose text has fewer than min_token_chars characters once stripped.  (CURE-1)"""
@@ -85,8 +86,8 @@ def random_tokens(rollout, allowed):
 def pick_critical(order, top_k, budget, generator):
     """t* of one response: one of the first top_k positions of `order` that fit, uniformly.  (CURE-2)
 
-    budget = max_prompt_tokens - prompt length. A position beyond it is no candidate: the reference cuts such a prompt at its
-    end, and so branches where nothing is critical. Returns (t* or None, the candidates)."""
+    budget = max_prompt_tokens - prompt length. A position beyond it is no candidate: the reference cuts such a prompt
+    at its end, and so branches where nothing is critical. Returns (t* or None, the candidates)."""
     pool = order[order <= budget][:top_k]
     return (int(pool[torch.randint(len(pool), (1,), generator=generator)]) if len(pool) else None), pool
 
@@ -104,7 +105,7 @@ def clause_start(ids, t_star, tokenizer):
     return 0
 
 
-# -------------------------------------------------------------------------------------------------------------- one round
+# ------------------------------------------------------------------------------------------------------------ one round
 def sample_round(cfg, engine, policy, task, step, draw_ids, ordinal, counts, clock):
     """One sampling round over this rank's prompts -> its rollouts, graded, all members of a group together.
 
@@ -123,8 +124,8 @@ def sample_round(cfg, engine, policy, task, step, draw_ids, ordinal, counts, clo
     with timed(clock, "reward"):  # before branching: a method may branch off wrong responses only
         counts.update(grade(cfg, task, base))
 
-    # Where did the model hesitate? Its entropies come from a forward of the trained model, which has the same weights: that
-    # is exact, and free of an engine's top-k limit.  (CURE-5)
+    # Where did the model hesitate? Its entropies come from a forward of the trained model, which has the same weights:
+    # that is exact, and free of an engine's top-k limit.  (CURE-5)
     if cfg.n2 and cfg.critical != "none":
         with timed(clock, "entropy"):
             for r, (logp, entropy) in zip(base, policy.score_local(base, cfg.temperature), strict=True):
@@ -166,8 +167,9 @@ def sample_branches(cfg, engine, task, step, base, sampling, counts, clock):
 
 
 def grade(cfg, task, rollouts):
-    """Fill text, reward, correct and answer -> the verifier's counts. The verifier reads the response, a branch's prefix
-    included, and never the user prompt, whose template may itself contain "Answer: $Answer" (reward_scope=response)."""
+    """Fill text, reward, correct and answer -> the verifier's counts. The verifier reads the response, a branch's
+    prefix included, and never the user prompt, whose template may itself contain "Answer: $Answer"
+    (reward_scope=response)."""
     decode = task.tokenizer.decode  # not batch_decode: of an empty list, on a rank without prompts, it makes [""]
     texts = [decode(r.prefix_ids + r.response_ids, skip_special_tokens=True) for r in rollouts]
     read = texts
@@ -183,7 +185,7 @@ def grade(cfg, task, rollouts):
     return counts
 
 
-# ------------------------------------------------------------------------------------------------------- dynamic sampling
+# ----------------------------------------------------------------------------------------------------- dynamic sampling
 SPARE = 8  # dropped groups that are kept at hand, to measure and show something in a step that keeps none
 
 
@@ -213,10 +215,12 @@ class Sampled(NamedTuple):
 
 
 def collect(cfg, engine, policy, task, step, clock):
-    """Sampling rounds until prompts_per_step groups with both right and wrong answers are there (dynamic sampling). (DAPO-3)
+    """Sampling rounds until prompts_per_step groups with both right and wrong answers are there (dynamic sampling).
+    (DAPO-3)
 
-    Every rank samples its share of the prompts; what is decided is decided on gathered data. Fewer groups than asked for
-    after max_rounds, or when the data has no other prompt: returned as they are, or RuntimeError with on_starved=raise."""
+    Every rank samples its share of the prompts; what is decided is decided on gathered data. Fewer groups than asked
+    for after max_rounds, or when the data has no other prompt: returned as they are, or RuntimeError with
+    on_starved=raise."""
     drawn, kept, dropped, briefs, counts = [], [], [], [], Counter()
     while len(drawn) < cfg.max_rounds * cfg.prompts_per_round and len(kept) < cfg.prompts_per_step:
         ids = task.stream.take(cfg.prompts_per_round, exclude=set(drawn))

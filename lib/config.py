@@ -1,8 +1,10 @@
 """The configuration: one flat dataclass, YAML files with the differences, key=value on the command line.
 
-    defaults < file < the file's entry for a stage < command line          (`stages.stage1.steps=3` reaches one stage only)
+    defaults < file < the file's entry for a stage < command line          (`stages.stage1.steps=3` reaches one stage
+    only)
 
-`stages` in a file is a mapping, run in order. Each entry is a few overrides. What differs between two entries *is* the method.
+`stages` in a file is a mapping, run in order. Each entry is a few overrides. What differs between two entries *is* the
+method.
 """
 
 import argparse
@@ -74,7 +76,7 @@ class Config:
     max_rounds: int = key(20, "sampling rounds of one training step (the reference: 10, of 1024 prompts)", "> 0")
     on_starved: str = key("train", "what to do when max_rounds did not fill the step", ("train", "raise"))
     title("reward")
-    overlong_buffer: int = key(512, "tokens before max_response_tokens in which the penalty grows to 1; 0 = off", ">= 0")
+    overlong_buffer: int = key(512, "so many tokens before the limit the penalty begins to grow to 1; 0 = off", ">= 0")
     reward_scope: str = key("response", "does the verifier see a branch's prefix", ("response", "continuation"))
     title("loss")
     clip_low: float = key(0.2, "the ratio is clipped below 1 - clip_low", ">= 0")
@@ -83,9 +85,9 @@ class Config:
     tis_cap: float = key(0.0, "truncated importance weight trainer/engine, e.g. 2.0; 0 = off", ">= 0")
     entropy_mask_rho: float = key(1.0, "80/20: loss on this share of the tokens; 1 = all", "(0, 1]")
     entropy_mask_side: str = key("top", "which entropies keep their loss", ("top", "bottom", "random"))
-    entropy_mask_scope: str = key("mini", "exact-k of the minibatch, or of each micro-batch (official code)", ("mini", "micro"))
+    entropy_mask_scope: str = key("mini", "exact-k of what; micro: the official code", ("mini", "micro"))
     entropy_mask_norm: str = key("kept", "what the masked loss is divided by", ("kept", "all"))
-    reuse_entropy_logp: bool = key(False, "old log-probs of base rollouts from the entropy pass; ratio 1 up to rounding")
+    reuse_entropy_logp: bool = key(False, "base rollouts: old log-probs of the entropy pass")
     title("optimizer: AdamW, eps 1e-8, weight decay on all parameters, gradients clipped at norm 1")
     lr: float = key(1e-6, "learning rate", "> 0")
     betas: list[float] = key([0.9, 0.999], "of AdamW")
@@ -99,7 +101,7 @@ class Config:
     compile: bool = key(False, "torch.compile every block, packed inputs padded to a few shapes", None, RUN)
     engine_rows: int = key(256, "torch engine: sequences decoded together", "> 0", RUN)
     gpu_memory_utilization: float = key(0.0, "vllm on CUDA: share of the GPU; 0 = what the trainer leaves", ">= 0", RUN)
-    max_logp_gap: float = key(0.0, "stop above this mean |logp trainer - engine|, nats; 0 = by dtype (cure.gap_limit)", ">= 0")
+    max_logp_gap: float = key(0.0, "stop above this mean |logp trainer - engine|, nats; 0: cure.gap_limit", ">= 0")
     seed: int = key(0, "of all noise", None, RUN)
     title("evaluation while training")
     eval_data: str = key("", "like data, or a benchmark: NAME, NAME:FILE (lib/data.BENCHMARKS); empty = none")
@@ -142,7 +144,8 @@ def help_text():
         limits = f.metadata["limits"] or ""
         limits = " | ".join(limits) if isinstance(limits, tuple) else limits
         default = getattr(Config(), f.name)
-        lines.append(f"    {f.name + '=' + str(default):42} {f.metadata['meaning']}" + (f" ({limits})" if limits else ""))
+        meaning = f.metadata["meaning"] + (f" ({limits})" if limits else "")
+        lines.append(f"    {f.name + '=' + str(default):42} {meaning}")
     return "\n".join(lines)
 
 
@@ -155,9 +158,10 @@ def list_configs():
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------------- reading
+# -------------------------------------------------------------------------------------------------------------- reading
 def load_config(argv, usage=None):
-    """Command line -> [(stage name, Config)]. Typed merges by OmegaConf; every mistake is one ValueError naming the key."""
+    """Command line -> [(stage name, Config)]. Typed merges by OmegaConf; every mistake is one ValueError naming the
+    key."""
     parser = argparse.ArgumentParser(description=usage, epilog="settings:\n" + help_text().replace("%", "%%"),
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", help="YAML file with the differences from the defaults")
@@ -227,11 +231,11 @@ def check(cfg):
             raise ValueError(f"{f.name}: must be one of {', '.join(limits)}, got {value!r} (stage {cfg.name})")
         if limits in LIMITS and not LIMITS[limits][1](value):
             raise ValueError(f"{f.name}: {LIMITS[limits][0]}, got {value} (stage {cfg.name})")
-    longest = cfg.max_prompt_tokens + cfg.max_response_tokens
+    longest, per_mini = cfg.max_prompt_tokens + cfg.max_response_tokens, cfg.prompts_per_minibatch
     rho, side = cfg.entropy_mask_rho, cfg.entropy_mask_side
     for wrong, message in (
-        (cfg.prompts_per_step % cfg.prompts_per_minibatch,
-         f"prompts_per_step: {cfg.prompts_per_step} is no multiple of prompts_per_minibatch {cfg.prompts_per_minibatch}"),
+        (cfg.prompts_per_step % per_mini,
+         f"prompts_per_step: {cfg.prompts_per_step} is no multiple of prompts_per_minibatch {per_mini}"),
         (cfg.micro_batch_tokens < longest,
          f"micro_batch_tokens: {cfg.micro_batch_tokens} is smaller than one sequence of {longest} tokens"),
         (side != "top" and rho == 1,

@@ -313,7 +313,8 @@ BENCHMARKS = {
 
 
 def find_benchmark(item, key="benchmarks"):
-    """An entry of `benchmarks`, or eval_data: NAME, NAME:FILE, a file or a hub id -> (name, source for data.load_prompts)."""
+    """An entry of `benchmarks`, or eval_data: NAME, NAME:FILE, a file or a hub id -> (name, source for
+    data.load_prompts)."""
     name, _, file = item.partition(":")
     if name in BENCHMARKS:
         return name, file or BENCHMARKS[name].source
@@ -325,7 +326,8 @@ def find_benchmark(item, key="benchmarks"):
 
 
 def grader(item, template):
-    """The verifier that a benchmark brings along; "" for other data. Integers are compared where the template puts them."""
+    """The verifier that a benchmark brings along; "" for other data. Integers are compared where the template puts
+    them."""
     name = item.partition(":")[0]
     verifier = BENCHMARKS[name].verifier if name in BENCHMARKS else ""
     return "dapo" if verifier == "integer" and template == "dapo" else verifier

@@ -57,7 +57,8 @@ class TorchEngine:
 
     @torch.no_grad()
     def sync(self, named):
-        """Copy every parameter from (HF name, full tensor) pairs. A missing one: AssertionError; an unknown one: KeyError."""
+        """Copy every parameter from (HF name, full tensor) pairs. A missing one: AssertionError; an unknown one:
+        KeyError."""
         self.ready = False
         params = dict(self.model.named_parameters())
         for name, full in named:
@@ -129,14 +130,16 @@ class TorchEngine:
 
     def _forward(self, ids, mask, pos, cache):
         out = self.model(
-            input_ids=ids, attention_mask=mask, position_ids=pos, past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
+            input_ids=ids, attention_mask=mask, position_ids=pos, past_key_values=cache, use_cache=True,
+            logits_to_keep=1,
+        )  # fmt: skip
         return out.logits[:, -1].float()  # (B, V)
 
 
 def draw(logits, u, sampling):
     """Sample by inverse CDF: logits (B, V) fp32, u (B,) uniform float64 -> token (B,), its log-prob (B,) under the
-    distribution sampled from (temperature and top_p applied, renormalised). temperature 0: argmax, log-prob at T = 1."""
+    distribution sampled from (temperature and top_p applied, renormalised). temperature 0: argmax, log-prob at T =
+    1."""
     if sampling.temperature == 0:
         logq = logits.log_softmax(-1)
         token = logits.argmax(-1)
@@ -152,10 +155,11 @@ def draw(logits, u, sampling):
 
 
 class VLLMEngine:
-    """One vLLM engine inside each torchrun rank, tensor-parallel size 1, asleep (level 2: no weights, no KV) in updates.
+    """One vLLM engine inside each torchrun rank, tensor-parallel size 1, asleep (level 2: no weights, no KV) in
+    updates.
 
-    Its weights only ever come from sync() (load_format="dummy"), so an unsynced parameter cannot hide. Constructing it is
-    a collective, after init_process_group and before the trainer's model (vLLM measures free memory)."""
+    Its weights only ever come from sync() (load_format="dummy"), so an unsynced parameter cannot hide. Constructing it
+    is a collective, after init_process_group and before the trainer's model (vLLM measures free memory)."""
 
     def __init__(self, cfg, path, device, dtype, stop_ids, max_model_len, utilization=None):
         cuda = device.type == "cuda"
@@ -174,7 +178,7 @@ class VLLMEngine:
             ops._supports_onednn = False
         self.params_class, self.stop, self.ready = SamplingParams, sorted(stop_ids), False
         where = {"gpu_memory_utilization": utilization, "hf_overrides": {"head_dtype": "float32"}}
-        if not cuda:  # a prompt prefilled in pieces would rewind its request's generator, which a CPU generator cannot do
+        if not cuda:  # a prompt prefilled in pieces rewinds its request's generator, which a CPU generator cannot do
             where = {"kv_cache_memory_bytes": CPU_KV_MIB << 20, "enforce_eager": True, "max_num_seqs": 64,
                      "enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, max_model_len)}  # fmt: skip
         threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
@@ -196,7 +200,8 @@ class VLLMEngine:
         self.sleep()
 
     def sleep(self):
-        """Give weights and KV cache back to the GPU (on CPU vLLM only changes its state, so the order is tested there)."""
+        """Give weights and KV cache back to the GPU (on CPU vLLM only changes its state, so the order is tested
+        there)."""
         self.ready = False
         if not self.asleep:
             self.llm.sleep(level=2)
@@ -210,7 +215,8 @@ class VLLMEngine:
         self.asleep = False
 
     def sync(self, named):
-        """Load (HF name, full tensor) pairs one at a time, check that every engine parameter came, wake the KV cache."""
+        """Load (HF name, full tensor) pairs one at a time, check that every engine parameter came, wake the KV
+        cache."""
         model = self.llm.llm_engine.model_executor.driver_worker.model_runner.model
         loaded = model.load_weights(named)
         missing = {n for n, _ in model.named_parameters()} - set(loaded)
@@ -220,9 +226,10 @@ class VLLMEngine:
         self.ready = True
 
     def generate(self, prompts, n, sampling, seeds):
-        """See TorchEngine.generate. One request a prompt with n samples: vLLM seeds sample i with seed + i, too, and the
-        prompt (a branch point, say) is prefilled once."""
-        assert self.ready and not self.llm.llm_engine.is_sleeping(), "generate() on an engine that is asleep or not synced"
+        """See TorchEngine.generate. One request a prompt with n samples: vLLM seeds sample i with seed + i, too, and
+        the prompt (a branch point, say) is prefilled once."""
+        awake = self.ready and not self.llm.llm_engine.is_sleeping()
+        assert awake, "generate() on an engine that is asleep or not synced"
         params = [
             self.params_class(
                 n=n, temperature=sampling.temperature, top_p=sampling.top_p, top_k=0, max_tokens=sampling.max_tokens,
@@ -231,7 +238,8 @@ class VLLMEngine:
             for s in seeds
         ]  # fmt: skip
         outs = self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-        assert len(outs) == len(prompts) and all(len(o.outputs) == n for o in outs), "vLLM returned another number of outputs"
+        whole = len(outs) == len(prompts) and all(len(o.outputs) == n for o in outs)
+        assert whole, "vLLM returned another number of outputs"
         return [
             [
                 Completion(

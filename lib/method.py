@@ -1,7 +1,7 @@
 """A method is a file: methods/NAME.py, or a file of your own, whose functions replace defaults of the same name.
 
-The defaults are given by who loads (cure.HOOKS). A function of the file takes the default's arguments, in its order, and may
-have settings of its own: keyword-only arguments with defaults, set by `method_args.NAME=VALUE`.
+The defaults are given by who loads (cure.HOOKS). A function of the file takes the default's arguments, in its order,
+and may have settings of its own: keyword-only arguments with defaults, set by `method_args.NAME=VALUE`.
 """
 
 import importlib.util
@@ -19,7 +19,8 @@ def method_file(method):
     path = method if method.endswith(".py") else f"{HERE}/methods/{method}.py"
     if not os.path.isfile(path):
         there = sorted(os.path.basename(f)[:-3] for f in glob(f"{HERE}/methods/[a-z]*.py"))
-        raise ValueError(f"method: no file {path.removeprefix(HERE + '/')}; there are {', '.join(there)}, or a path that ends in .py")
+        raise ValueError(f"method: no file {path.removeprefix(HERE + '/')}; there are {', '.join(there)}, "
+                         "or a path that ends in .py")  # fmt: skip
     return path
 
 
@@ -61,7 +62,8 @@ def settings_of(path, function, default):
     taken = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
     wanted = [p.name for p in inspect.signature(default).parameters.values() if p.kind is not p.KEYWORD_ONLY]
     if taken != wanted:
-        raise ValueError(f"{where} should take ({', '.join(wanted)}), settings behind a *; it takes ({', '.join(taken)})")
+        raise ValueError(f"{where} should take ({', '.join(wanted)}), settings behind a *; "
+                         f"it takes ({', '.join(taken)})")  # fmt: skip
     if bare := [k for k, p in own.items() if type(p.default) not in (bool, int, float, str)]:
         raise ValueError(f"{where}: its setting {bare[0]} needs a default that is a number, a text, true or false")
     return own

@@ -27,8 +27,9 @@ GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).par
 def packed_attention(module, query, key, value, mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **kwargs):
     """Causal attention within each sequence of one packed row; tokens never see another sequence.
 
-    query (1, heads, T, d), key/value (1, kv_heads, T, d), cu_seq_lens_q (n + 1,) int32 borders -> (1, T, heads, d), None.
-    CUDA: torch's own variable-length flash kernel. Elsewhere a loop over sequences: the same numbers, no T x T mask."""
+    query (1, heads, T, d), key/value (1, kv_heads, T, d), cu_seq_lens_q (n + 1,) int32 borders -> (1, T, heads, d),
+    None. CUDA: torch's own variable-length flash kernel. Elsewhere a loop over sequences: the same numbers, no T x T
+    mask."""
     if query.is_cuda:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, d)
         cu, longest = cu_seq_lens_q, max_length_q
@@ -42,7 +43,8 @@ def _attention_by_sequence(query, key, value, cu_seqlens, scaling):
     lengths = cu_seqlens.diff().tolist()
     # split, not slices: the backward of n slices would fill n gradients of the whole row with zeros
     parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
-    rows = [F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True) for q, k, v in parts]
+    causal = {"is_causal": True, "scale": scaling, "enable_gqa": True}
+    rows = [F.scaled_dot_product_attention(q, k, v, **causal) for q, k, v in parts]
     return torch.cat(rows, 2).transpose(1, 2)
 
 
@@ -50,15 +52,15 @@ AttentionInterface.register("packed", packed_attention)
 hf_logging.disable_progress_bar()  # one bar, ours
 
 
-# ------------------------------------------------------------------------------------------------------------ micro-batches
+# -------------------------------------------------------------------------------------------------------- micro-batches
 def pack(rollouts, device, bucket=0):
     """Rollouts one after the other in a single row, without padding -> dict for PackedLM.forward.
 
-    The one place of the one-token shift: the logits at position i are for token i + 1, so a rollout's last token is never
-    an input, and `index` holds the positions whose hidden states *produced* the response tokens `targets` (R,).
+    The one place of the one-token shift: the logits at position i are for token i + 1, so a rollout's last token is
+    never an input, and `index` holds the positions whose hidden states *produced* the response tokens `targets` (R,).
     No rollouts: one dummy token and no targets, so that a rank with nothing to do still joins FSDP's collectives.
-    bucket > 0 (for compiled blocks, which are compiled for each shape anew): dummy sequences without targets pad T to a
-    multiple of it and n to a multiple of 32, and max_len is the next power of two."""
+    bucket > 0 (for compiled blocks, which are compiled for each shape anew): dummy sequences without targets pad T to
+    a multiple of it and n to a multiple of 32, and max_len is the next power of two."""
     ids, pos, index, targets, cu = [], [], [], [], [0]
     for r in rollouts:
         seq = r.prompt_ids + r.prefix_ids + r.response_ids
@@ -122,7 +124,7 @@ def partition(lengths, world, budget):
         k += 1
 
 
-# ---------------------------------------------------------------------------------------------------------------- the model
+# ------------------------------------------------------------------------------------------------------------ the model
 def load_lm(path, dtype, attention):
     """A causal LM from an HF folder or hub id, safetensors only, no remote code; ValueError names `model`."""
     try:
@@ -134,7 +136,8 @@ def load_lm(path, dtype, attention):
         raise ValueError(f"model: cannot load {path!r}: {str(e).splitlines()[0]}") from e
     if missing := sorted(info["missing_keys"]):  # transformers makes up random ones, and only warns
         raise ValueError(f"model: {path!r} lacks {len(missing)} tensors, {missing[0]} for one")
-    if attention == "packed" and getattr(lm.config, "sliding_window", None) and getattr(lm.config, "use_sliding_window", True):
+    sliding = getattr(lm.config, "sliding_window", None) and getattr(lm.config, "use_sliding_window", True)
+    if attention == "packed" and sliding:
         raise ValueError(f"model: {path!r} uses sliding-window attention, which the packed forward does not have")
     return lm
 
@@ -149,16 +152,17 @@ class PackedLM(torch.nn.Module):
 
     def forward(self, input_ids, position_ids, cu_seqlens, max_len, index, targets, temperature):
         hidden = self.lm.base_model(
-            input_ids=input_ids, position_ids=position_ids, use_cache=False, cu_seq_lens_q=cu_seqlens, max_length_q=max_len
+            input_ids=input_ids, position_ids=position_ids, use_cache=False,
+            cu_seq_lens_q=cu_seqlens, max_length_q=max_len,
         ).last_hidden_state[0]  # (T, D)
         head = self.lm.get_output_embeddings().weight  # (V, D)
         return logp_and_entropy(hidden[index], head, targets, temperature, self.chunk)  # (R,), (R,)
 
 
 class Policy:
-    """fp32 master weights, sharded over all ranks by FSDP2 (one group a block, the rest in the root); compute in `dtype`
-    (fp32 on CPU, bf16 on CUDA), gradients reduced in fp32. Whatever runs the model or gathers weights is a collective (forward,
-    score, update, named_full, save_hf): every rank calls it, in the same order."""
+    """fp32 master weights, sharded over all ranks by FSDP2 (one group a block, the rest in the root); compute in
+    `dtype` (fp32 on CPU, bf16 on CUDA), gradients reduced in fp32. Whatever runs the model or gathers weights is a
+    collective (forward, score, update, named_full, save_hf): every rank calls it, in the same order."""
 
     def __init__(self, cfg, path, device):
         lm = load_lm(path, torch.float32, "packed")
@@ -194,8 +198,9 @@ class Policy:
     def new_optimizer(self, cfg):
         """A fresh AdamW, weight decay on all parameters (the reference's setting)."""
         self.opt = torch.optim.AdamW(
-            self.model.parameters(), lr=cfg.lr, betas=tuple(cfg.betas), eps=1e-8, weight_decay=cfg.weight_decay, fused=True
-        )
+            self.model.parameters(), lr=cfg.lr, betas=tuple(cfg.betas), eps=1e-8, weight_decay=cfg.weight_decay,
+            fused=True,
+        )  # fmt: skip
 
     def forward(self, rollouts, temperature):
         """(logp (R,), entropy (R,)) fp32 of the response tokens of one micro-batch, rollout after rollout."""
@@ -203,8 +208,9 @@ class Policy:
 
     @torch.no_grad()
     def score(self, micro_batches, temperature):
-        """Log-probs and entropies of this rank's micro-batches (lists of rollouts): -> [(logp, entropy)] per rollout in
-        order, numpy fp32 (T,). Ranks may bring different numbers of micro-batches, none included: the rest are dummies."""
+        """Log-probs and entropies of this rank's micro-batches (lists of rollouts): -> [(logp, entropy)] per rollout
+        in order, numpy fp32 (T,). Ranks may bring different numbers of micro-batches, none included: the rest are
+        dummies."""
         count = torch.tensor(len(micro_batches), device=self.device)
         dist.all_reduce(count, op=dist.ReduceOp.MAX)
         out = []
@@ -217,7 +223,8 @@ class Policy:
         return out
 
     def score_local(self, rollouts, temperature):
-        """score() for any list of rollouts of this rank, packed into micro-batches here, results in the list's order."""
+        """score() for any list of rollouts of this rank, packed into micro-batches here, results in the list's
+        order."""
         plan = partition([packed_length(r) for r in rollouts], 1, self.cfg.micro_batch_tokens)[0]
         flat = [i for mb in plan for i in mb]
         scored = self.score([[rollouts[i] for i in mb] for mb in plan], temperature)
@@ -248,7 +255,7 @@ class Policy:
         self.opt.zero_grad(set_to_none=True)
         return norm, taken
 
-    # ----------------------------------------------------------------------------------------------------- weights in and out
+    # ----------------------------------------------------------------------------------------------- weights in and out
     def named_full(self, dtype=None):
         """(HF name, full tensor) one after the other, each gathered from its shards when asked for and freed by the
         caller: never a second copy of the model. A collective. Tied weights appear once."""
@@ -256,7 +263,8 @@ class Policy:
             yield name.removeprefix("lm."), p.detach().to(dtype or self.dtype).full_tensor()
 
     def save_hf(self, folder, tokenizer):
-        """Write an ordinary Hugging Face folder in the compute dtype (safetensors, config, tokenizer, generation config)."""
+        """Write an ordinary Hugging Face folder in the compute dtype (safetensors, config, tokenizer, generation
+        config)."""
         state = {}
         for name, full in self.named_full():
             if self.rank == 0:
@@ -266,7 +274,8 @@ class Policy:
             if lm.config.tie_word_embeddings:
                 state["lm_head.weight"] = state[next(n for n in state if n.endswith("embed_tokens.weight"))]
             lm.save_pretrained(folder, state_dict=state)
-            lm.config.dtype = self.dtype  # save_pretrained notes the fp32 of the master weights, and loaders would believe it
+            # save_pretrained notes the fp32 of the master weights, and loaders would believe it
+            lm.config.dtype = self.dtype
             lm.config.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
 

@@ -45,8 +45,8 @@ class Run:
             sys.stdout.flush()
 
     def count_step(self, taken):
-        """Count an optimizer step -> 1 if it was skipped for a gradient that is not finite. RuntimeError: the third in a
-        row."""
+        """Count an optimizer step -> 1 if it was skipped for a gradient that is not finite. RuntimeError: the third in
+        a row."""
         s = self.state
         s["opt_step"] += taken
         s["skipped_in_a_row"] = 0 if taken else s["skipped_in_a_row"] + 1
@@ -105,19 +105,20 @@ class Run:
 
 
 def sample_row(r, cfg, step, prompt, tokens):
-    """One line of samples.jsonl. prompt: its text; tokens: the text of each response token, so that the file can be looked
-    at without a tokenizer. Rounded in float64: as float32, 0.00007 would be written 7.000000186963007e-05."""
+    """One line of samples.jsonl. prompt: its text; tokens: the text of each response token, so that the file can be
+    looked at without a tokenizer. Rounded in float64: as float32, 0.00007 would be written 7.000000186963007e-05."""
     logp, entropy = (np.round(x.astype(np.float64), 5).tolist() for x in (r.old_logp, r.entropy))
-    plain = ("prompt_id", "group", "parent", "t_star", "candidates", "prompt_ids", "prefix_ids", "response_ids", "reward",
-             "correct", "answer", "advantage", "finish")  # fmt: skip
+    plain = ("prompt_id", "group", "parent", "t_star", "candidates", "prompt_ids", "prefix_ids", "response_ids",
+             "reward", "correct", "answer", "advantage", "finish")  # fmt: skip
     return {"step": step, "stage": cfg.name, **{k: getattr(r, k) for k in plain}, "prompt": prompt, "response": r.text,
             "h_star": None if math.isnan(r.h_star) else r.h_star, "tokens": tokens, "logp": logp,
             "entropy": entropy}  # fmt: skip
 
 
-# ----------------------------------------------------------------------------------------------------------- what it says
+# --------------------------------------------------------------------------------------------------------- what it says
 def performance(run, kept, tokens, clock):
-    """timing_s/* and perf/* of a step. kept: its rollouts trained on; tokens: generated, over all ranks; clock: timing_s/*."""
+    """timing_s/* and perf/* of a step. kept: its rollouts trained on; tokens: generated, over all ranks; clock:
+    timing_s/*."""
     m = clock | {"timing_s/other": 2 * clock["timing_s/step"] - sum(clock.values())}  # the step less its phases
     if kept:
         lengths, trained = [packed_length(r) for r in kept], sum(len(r.response_ids) for r in kept)
@@ -129,12 +130,11 @@ def performance(run, kept, tokens, clock):
 def announce(run):
     """Print what each stage will do, with every batch identity."""
     for name, cfg in run.stages:
-        size, minibatches = cfg.group_size, cfg.prompts_per_step // cfg.prompts_per_minibatch
+        size, per_step, per_mini = cfg.group_size, cfg.prompts_per_step, cfg.prompts_per_minibatch
         what = f"rows × {cfg.steps} steps of sft" if cfg.kind == "sft" else (
-            f"prompts × {size} = {cfg.prompts_per_step * size} rollouts (n1 {cfg.n1}, n2 {cfg.n2}) in {minibatches} minibatches "
-            f"of {cfg.prompts_per_minibatch} × {size} = {cfg.prompts_per_minibatch * size} / {run.world} ranks, "
-            f"{cfg.steps} steps")  # fmt: skip
-        run.print(f"{name}: {cfg.prompts_per_step} {what}")
+            f"prompts × {size} = {per_step * size} rollouts (n1 {cfg.n1}, n2 {cfg.n2}) in {per_step // per_mini} "
+            f"minibatches of {per_mini} × {size} = {per_mini * size} / {run.world} ranks, {cfg.steps} steps")  # fmt: skip
+        run.print(f"{name}: {per_step} {what}")
 
 
 def describe(run, cfg, m):
@@ -161,19 +161,19 @@ def warn(run, cfg, m):
     """A step that found too little says so. A run that cannot learn says so at its first step, not after a night."""
     kept, sampled = m["train/kept_groups"], m["train/sampled_groups"]
     if kept < cfg.prompts_per_step:
-        run.print(f"  step {run.state['step']}: only {kept} of {cfg.prompts_per_step} groups have right and wrong answers "
-                  f"after {m['train/rounds']} rounds; training on those (max_rounds, on_starved)")  # fmt: skip
+        run.print(f"  step {run.state['step']}: only {kept} of {cfg.prompts_per_step} groups have right and wrong "
+                  f"answers after {m['train/rounds']} rounds; training on those (max_rounds, on_starved)")  # fmt: skip
     if run.state["stage_step"] == 1 and (cut := m["response_length/clip_ratio"]) > 0.5:
         run.print(f"WARNING: {cut:.0%} of the responses are cut at max_response_tokens={cfg.max_response_tokens}. "
                   "Raise it, or see in samples.jsonl whether the model ever stops (stop_token_ids, template)")
     if run.state["stage_step"] == 1 and not m["train/mixed_groups"]:
         what = {0: "wrong", 1: "right"}.get(m["train/accuracy"], "right or all wrong")
-        run.print(f"WARNING: each of the {sampled} groups is all {what}: nothing to learn from. See in samples.jsonl whether "
-                  "answers have the form that template asks for and verifier reads. If so: other data, a cold start "
-                  "(kind: sft), a larger n1")  # fmt: skip
+        run.print(f"WARNING: each of the {sampled} groups is all {what}: nothing to learn from. See in samples.jsonl "
+                  "whether answers have the form that template asks for and verifier reads. If so: other data, a cold "
+                  "start (kind: sft), a larger n1")  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------------------------ start
+# ---------------------------------------------------------------------------------------------------------------- start
 def prepare_run(stages, train=True, trainer=True, files=True):
     """Process group, toy, tokenizer, data, engine, policy -> Run. ValueError names the key. A collective.
 
@@ -239,13 +239,13 @@ def load_tasks(run, stages, train):
             run.heldout[name] = Task("eval", prompts, None, run.tokenizer, None, pool, own or cfg.verifier)
             self_test(own or cfg.verifier, pool)
         if train and cfg.kind == "rl" and cfg.verifier == "math_verify":
-            run.print(f"WARNING: verifier=math_verify in training (stage {name}): restatements earn reward, "
-                      "2^{10} for 1024 or the question's own sum for its value. dapo and boxed compare text")  # fmt: skip
+            run.print(f"WARNING: verifier=math_verify in training (stage {name}): restatements earn reward, 2^{{10}} for "
+                      "1024 or the question's own sum for its value. dapo and boxed compare text")  # fmt: skip
 
 
 def fit_context(run, stages, train):
-    """Prompt and response must fit the model's context. ValueError names the key. An evaluation takes what room there is:
-    CURE evaluates with 4096 new tokens on a model whose context is 4096."""
+    """Prompt and response must fit the model's context. ValueError names the key. An evaluation takes what room there
+    is: CURE evaluates with 4096 new tokens on a model whose context is 4096."""
     context = getattr(load_hf_config(run.path), "max_position_embeddings", None) or math.inf
     for name, cfg in stages:
         if not train:

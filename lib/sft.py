@@ -9,8 +9,8 @@ from lib.ranks import gather, timed
 
 
 def sft_step(run, cfg, task):
-    """One step of it -> metrics. Loss = -mean log-prob of the solution's tokens and the stop token, over the minibatch and
-    all ranks, through the packed forward that RL uses. A collective."""
+    """One step of it -> metrics. Loss = -mean log-prob of the solution's tokens and the stop token, over the minibatch
+    and all ranks, through the packed forward that RL uses. A collective."""
     clock, prompts = {}, [task.prompts[i] for i in task.stream.take(cfg.prompts_per_step, exclude=set())]
     with timed(clock, "step"):
         encode, eos = task.tokenizer.encode, task.tokenizer.eos_token_id

@@ -1,4 +1,5 @@
-"""The toy: sums of four numbers, a task with real forks, and a 0.43 M parameter model, made from nothing in two minutes."""
+"""The toy: sums of four numbers, a task with real forks, and a 0.43 M parameter model, made from nothing in two
+minutes."""
 
 import json
 import os
@@ -93,9 +94,9 @@ FOLDER = "runs/toy-base"  # where `model: toy` keeps its base model
 
 
 def make_toy_base(run, folder):
-    """The toy's base model, made once in `folder` and reused: data.make_toy writes random weights and the data files, a run
-    of configs/toy-base.yaml (kind: sft) trains them. Rank 0 does it in a process of its own, so the result does not depend on
-    the rank count; under a temporary name, renamed when complete."""
+    """The toy's base model, made once in `folder` and reused: data.make_toy writes random weights and the data files,
+    a run of configs/toy-base.yaml (kind: sft) trains them. Rank 0 does it in a process of its own, so the result does
+    not depend on the rank count; under a temporary name, renamed when complete."""
     failed = 0
     if run.rank == 0 and not os.path.exists(f"{folder}/config.json"):
         run.print(f"making the toy's base model in {folder} (once, a minute or two)")

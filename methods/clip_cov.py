@@ -1,9 +1,9 @@
 """Clip-Cov (G. Cui et al., arXiv 2505.22617, eq. 10-12): no loss on a few tokens of large covariance.
 
-cov_t = (logp_t - mean logp) (A_t - mean A). Their mean is the covariance of log-prob and advantage, to which the entropy that
-a step costs is proportional, to first order and for a natural gradient (theorem 2). The means are over the minibatch of all
-ranks, under the present policy. The authors' code takes what one micro-batch on one rank holds: there the choice depends on
-how the minibatch is cut.
+cov_t = (logp_t - mean logp) (A_t - mean A). Their mean is the covariance of log-prob and advantage, to which the
+entropy that a step costs is proportional, to first order and for a natural gradient (theorem 2). The means are over
+the minibatch of all ranks, under the present policy. The authors' code takes what one micro-batch on one rank holds:
+there the choice depends on how the minibatch is cut.
 """
 
 import math
@@ -15,7 +15,8 @@ from rollout import token_column
 
 
 def token_covariance(logp, advantage):
-    """cov_t of every response token of a minibatch (eq. 10). logp, advantage (N,) -> (N,) fp32, nats, detached.  (COV-1)"""
+    """cov_t of every response token of a minibatch (eq. 10). logp, advantage (N,) -> (N,) fp32, nats, detached.
+    (COV-1)"""
     logp, advantage = logp.detach().double(), advantage.double()
     return ((logp - logp.mean()) * (advantage - advantage.mean())).float()
 
@@ -26,11 +27,11 @@ def n_chosen(n, share):
 
 
 def choose(cov, clipped, share, low, high, generator):
-    """n_chosen tokens, or all where there are fewer, drawn uniformly of those with low < cov < high that the ratio clip has
-    not cut off already (eq. 11). cov (N,), clipped bool (N,) -> bool (N,).  (COV-2)
+    """n_chosen tokens, or all where there are fewer, drawn uniformly of those with low < cov < high that the ratio
+    clip has not cut off already (eq. 11). cov (N,), clipped bool (N,) -> bool (N,).  (COV-2)
 
-    Every token draws a number and the smallest of the eligible win, so that a covariance which rounding moves over a bound
-    changes one choice, where a permutation of the eligible would change all."""
+    Every token draws a number and the smallest of the eligible win, so that a covariance which rounding moves over a
+    bound changes one choice, where a permutation of the eligible would change all."""
     draw = torch.rand(len(cov), generator=generator, dtype=torch.float64)
     eligible = (cov > low) & (cov < high) & ~clipped
     order = draw.masked_fill(~eligible, math.inf).argsort(stable=True)

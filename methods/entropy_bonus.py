@@ -1,4 +1,5 @@
-"""Entropy bonus (A3C, arXiv 1602.01783): - coef H of every token in the loss, H differentiated, averaged as the loss is.
+"""Entropy bonus (A3C, arXiv 1602.01783): - coef H of every token in the loss, H differentiated, averaged as the loss
+is.
 
 In Cui et al. (arXiv 2505.22617, section 4.1) little moved with 0.001, and with 0.01 entropy exploded.
 """

@@ -1,7 +1,7 @@
 """KL-Cov (G. Cui et al., arXiv 2505.22617, eq. 13-14): no clip, and a penalty on the few tokens of largest covariance.
 
-The covariance is that of methods/clip_cov.py. The authors' configuration has coef 0.1, their paper and their code's own default 1.
-Their share of touched tokens is 2e-4, and 2e-3 for the 7B model.
+The covariance is that of methods/clip_cov.py. The authors' configuration has coef 0.1, their paper and their code's
+own default 1. Their share of touched tokens is 2e-4, and 2e-3 for the 7B model.
 """
 
 import math
