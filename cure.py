@@ -281,12 +281,13 @@ HOOKS = {f.__name__: f for f in (critical_tokens, group_advantages, policy_loss,
 
 
 # ----------------------------------------------------------------------------------------------------------- the stages
-def setup(argv):
-    """Everything that a user can get wrong is refused here, before a file of the run is written -> Run."""
+def setup(argv, files=True):
+    """Command line -> Run. Everything that a user can get wrong is refused here, before a file of the run is written.
+    files=False: a run that only looks, and writes nothing."""
     with one_line_errors():
         stages = load_config(argv, usage=__doc__)
         methods = {name: load_method(cfg, HOOKS) for name, cfg in stages}
-        run = prepare_run(stages)
+        run = prepare_run(stages, files=files)
         for name, cfg in stages if not run.finished else []:
             V, task = run.policy.config.vocab_size, run.tasks[name]
             task.allowed = allowed_tokens(run.tokenizer, V, cfg.min_token_chars, run.stop_ids)

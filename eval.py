@@ -243,7 +243,7 @@ def open_results(run, report):
 def set_up(argv):
     """Command line -> (run with model and engine, contents of eval.json, rows that samples.jsonl has). A collective."""
     stages, preset = benchmark_stages(argv)
-    run = prepare_run(stages, train=False, trainer=preset == "entropy", files=False)
+    run = prepare_run(stages, train=False, trainer=preset == "entropy")
     report = {"model": run.path, "model_sha256": "", "preset": preset, "versions": versions(run)}
     report |= {"settings": {}, "results": {}}
     for name, cfg in run.stages:

@@ -29,7 +29,8 @@ class Run:
     """What lives as long as the run: policy, engine, files, counters. `state` is all that a resumed run needs besides
     tensors."""
 
-    def __init__(self, stages, rank, world, device):
+    def __init__(self, stages, rank, world, device, files=True):
+        self.files = files  # False: a run that only looks
         self.stages, self.rank, self.world, self.device = stages, rank, world, device
         self.state = {
             "stage": stages[0][0], "stage_step": 0, "stage_done": False, "step": 0, "opt_step": 0, "adam_step": 0,
@@ -83,7 +84,7 @@ class Run:
             except OSError as e:
                 raise OSError(f"{self.out}/{name} cannot be written: {e.strerror}") from e
 
-        everywhere(write if self.rank == 0 else None)
+        everywhere(write if self.rank == 0 and self.files else None)
 
     def log(self, line):
         """Append one line to metrics.jsonl."""
@@ -177,9 +178,9 @@ def warn(run, cfg, m):
 def prepare_run(stages, train=True, trainer=True, files=True):
     """Process group, toy, tokenizer, data, engine, policy -> Run. ValueError names the key. A collective.
 
-    An evaluation has train=False, no training data, and trainer=False, no Policy, unless it asks for entropies.
-    files=False: nothing is resumed and nothing written."""
-    run = Run(stages, *init_distributed())
+    An evaluation has train=False, no training data and files of its own, and trainer=False, no Policy, unless it asks
+    for entropies. files=False: nothing is resumed and nothing written."""
+    run = Run(stages, *init_distributed(), files)
     first = stages[0][1]
     if "toy" in {v for _, c in stages for v in (c.model, c.data, c.eval_data)}:
         toy.make_toy_base(run, toy.FOLDER)
@@ -187,7 +188,7 @@ def prepare_run(stages, train=True, trainer=True, files=True):
         c.model = toy.FOLDER if c.model == "toy" else c.model
         c.data = f"{toy.FOLDER}/train.jsonl" if c.data == "toy" else c.data
         c.eval_data = f"{toy.FOLDER}/heldout.jsonl" if c.eval_data == "toy" else c.eval_data
-    resume = checkpoint.find_checkpoint(run, first) if files else None
+    resume = checkpoint.find_checkpoint(run, first) if train and files else None
     if resume:
         run.state = read_json(f"{resume}/meta.json")
         if run.finished:
@@ -212,7 +213,7 @@ def prepare_run(stages, train=True, trainer=True, files=True):
     if resume:
         checkpoint.load(run, resume)
         run.print(f"resumed from step {run.state['step']} ({run.state['stage']} {run.state['stage_step']}, {resume})")
-    if files:
+    if train and files:
         everywhere((lambda: start_files(run, resume)) if run.rank == 0 else None, ValueError)
     return run
 

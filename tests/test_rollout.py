@@ -57,6 +57,14 @@ def tokenizer_of(symbols):
                           eos_token=symbols[1], clean_up_tokenization_spaces=False)
 
 
+def test_draw_finds_every_token_of_a_large_vocabulary():
+    """150,000 equal tokens: the number in the middle of a token's share draws it. In fp32 the sums would drift off."""
+    V = 150_000
+    k = torch.arange(0, V, 997)
+    token, logp = draw(torch.zeros(1, V).expand(len(k), V), (k.double() + 0.5) / V, Sampling(1))
+    assert torch.equal(token, k) and torch.allclose(logp, torch.tensor(-np.log(V), dtype=torch.float32), atol=1e-5)
+
+
 # --------------------------------------------------------------------------------------------------- which tokens may branch
 def brute_force(entropy, tokens, allowed, top_k, budget):
     """The critical positions by the words of the paper: again and again the most uncertain one left, the lower of equals."""

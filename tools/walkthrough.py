@@ -1,91 +1,97 @@
-"""One training step, printed while it is taken: `python cure.py --config configs/toy.yaml walkthrough=true`, docs/walkthrough.md.
+"""One training step, printed while it is taken. docs/walkthrough.md explains what it prints.
 
-The calls are those of cure.train_step in its order (a test holds the two to the same numbers); no file is written.
-Symbols as in cure.py and loss.py: P prompts · n1, n2, G = n1 (1 + n2) · N rollouts · T response tokens of a micro-batch."""
+    python -m tools.walkthrough --config configs/toy.yaml [script=mine.py] [key=value …]
 
-import numpy as np
+It is the step of the script itself: this tool puts a window around the script's own functions and prints what goes in and
+what comes out. It computes nothing that the step does not. No file is written.
+Symbols as in cure.py and loss.py: P prompts · n1, n2, G = n1 (1 + n2) · N rollouts · T response tokens of a micro-batch.
+"""
+
+import importlib.util
+import os
+import sys
+
 import torch
 
+from lib.config import load_config
 from lib.policy import pack
-from loss import policy_loss, token_weights
-from rollout import collect
+from lib.ranks import end_group, leave, one_line_errors
 
 
-def show(run):
-    """Take the first training step of the first stage and print its tensors; returns its metrics. A collective."""
-    from cure import guard, minibatch_loss, prepare, update  # here, since cure.py imports this file
+def load_script(path):
+    """A training script as a module. ValueError: there is none at this path."""
+    if not os.path.isfile(path):
+        raise ValueError(f"script: no such file: {path}")
+    spec = importlib.util.spec_from_file_location("walked", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
-    (stage, cfg), m, say = run.stages[0], {}, run.print
+
+def window(module, name, show):
+    """Let module.name call show(its result, *its arguments) when it returns."""
+    inner = getattr(module, name)
+
+    def outer(*args, **kwargs):
+        out = inner(*args, **kwargs)
+        show(out, *args)
+        return out
+
+    setattr(module, name, outer)
+
+
+def walk(script, run):
+    """Take the first training step of the first stage, with windows on its functions -> its metrics. A collective."""
+    (stage, cfg), say = run.stages[0], run.print
     run.state.update(stage=stage, stage_step=1, step=1)
     run.engine.sleep()
     run.refresh()
+    weights = [w.clone() for _, w in zip(range(1), (w for _, w in run.policy.named_full(torch.float32)))]
 
-    say("\n== 1. sample: base responses, entropies, branches, verdicts (rollout.collect)")
-    rollouts, sampled = collect(cfg, run.engine, run.policy, run.tasks[stage], 1)
-    dropped, tokens = sampled.pop("dropped"), sampled.pop("tokens/step")
-    m.update(sampled)
-    say(f"{m['train/sampled_groups']} prompts x G = {cfg.n1} (1 + {cfg.n2}) = {cfg.group_size} rollouts, {tokens} tokens; "
-        f"{m['train/mixed_groups']} groups are mixed, {m['train/kept_groups']} are kept: N = {len(rollouts)}")  # fmt: skip
-    group = rollouts[: cfg.group_size]
-    if group:
-        show_group(run, cfg, group)
+    def after_update(m, *_):
+        say("\n== 5. optimizer steps, one a minibatch (cure.optimizer_steps, lib/policy.py Policy.update)")
+        say(f"{m['actor/minibatches']} steps, lr {m['actor/lr']:g}, mean gradient norm {m['actor/grad_norm']:.4f} (over "
+            f"1 it is scaled down), clipped tokens {m['actor/pg_clipfrac']:.4f}")  # fmt: skip
+        name, now = next(run.policy.named_full(torch.float32))
+        say(f"{name} {tuple(now.shape)}, first numbers {rounded(weights[0][-1, :4], 6)} -> {rounded(now[-1, :4], 6)}, "
+            f"the largest change of all {(now - weights[0]).abs().max():.1e}")  # fmt: skip
 
-    say("\n== 2. advantages, minibatches, old log-probs (cure.prepare, cure.guard)")
-    plan = prepare(run, cfg, rollouts, m)
-    guard(run, cfg, rollouts or dropped, m, 1)
-    if not rollouts:
+    window(script, "collect", lambda out, *_: show_samples(run, cfg, out))
+    window(script, "cut_minibatches", lambda out, *_: show_cut(say, out))
+    window(script, "compare_with_engine", lambda gap, *_: say(
+        f"trainer against engine: mean |d| {gap['mean_abs']:.1e}, max |d| {gap['max_abs']:.1e}, k3 {gap['k3']:.1e} nats"))
+    window(script, "set_advantages", lambda _, method, rows: show_advantages(say, rows[: cfg.group_size]))
+    show_losses(script, run, run.tasks[stage].method)
+    window(script, "optimizer_steps", after_update)
+    m = script.train_step(run, cfg, run.tasks[stage])
+    if "train/empty_steps" in m:
         say("no group has right and wrong answers: nothing to learn from in this step")
-        return m
-    scores = np.array([r.reward for r in group])
-    say(f"scores of the group: {scores.astype(int).tolist() if (scores % 1 == 0).all() else scores.tolist()}")
-    say(f"A = (s - mean) / (std + 1e-6), mean {scores.mean():.4f}, std {scores.std(ddof=1):.4f}: {scores.max():g} -> "
-        f"{max(r.advantage for r in group):.4f}, {scores.min():g} -> {min(r.advantage for r in group):.4f}")  # fmt: skip
-    say(f"rollouts in [minibatch][rank][micro-batch]: {[[[len(mb) for mb in rank] for rank in mini] for mini in plan]}")
-    say(f"trainer against engine: mean |d| {m['mismatch/mean_abs']:.1e}, max |d| {m['mismatch/max_abs']:.1e}, "
-        f"k3 {m['mismatch/k3']:.1e} nats; mean entropy of the base responses {m['actor/entropy']:.4f}")  # fmt: skip
-
-    say("\n== 3. the loss of one micro-batch (policy.pack, loss.policy_loss, loss.token_weights)")
-    rows = [rollouts[i] for i in plan[0][run.rank][0]]
-    for key, value in pack(rows, run.device, run.policy.bucket).items():
-        tensor = torch.is_tensor(value)
-        say(f"{key:13}" + (f"{tuple(value.shape)!s:11}{value.flatten()[:14].tolist()} ..." if tensor else f"{value}"))
-    mini = [rollouts[i] for rank in plan[0] for mb in rank for i in mb]
-    loss_fn = minibatch_loss(run, cfg, rollouts, plan[0], (cfg.seed, stage, 1, 0), {"gap": 0.0})
-    show_loss(run, cfg, rows, mini, loss_fn)
-    name, weights = next(run.policy.named_full(torch.float32))
-    weights = weights.clone()
-
-    say("\n== 4. optimizer steps, one a minibatch (cure.update, policy.Policy.update)")
-    run.engine.sleep()
-    update(run, cfg, rollouts, plan, 1, m)
-    say(f"{m['actor/minibatches']} steps, lr {m['actor/lr']:g}, mean gradient norm {m['actor/grad_norm']:.4f} (over "
-        f"{cfg.grad_clip:g} it is scaled down), clipped tokens {m['actor/pg_clipfrac']:.4f}")  # fmt: skip
-    now = next(run.policy.named_full(torch.float32))[1]
-    say(f"{name} {tuple(now.shape)}, first numbers {rounded(weights[-1, :4], 6)} -> {rounded(now[-1, :4], 6)}, "
-        f"the largest change of all {(now - weights).abs().max():.1e}")  # fmt: skip
-    say("the micro-batch of part 3 under the new weights:")
-    show_loss(run, cfg, rows, mini, loss_fn)
-
-    say("\n== 5. the engine gets the new weights (Run.refresh)")
-    run.refresh(m)
-    say(f"{run.policy.n_params} parameters; the next step samples from them")
+    else:
+        say("\n== 6. the engine has the new weights (lib/run.py Run.refresh)")
+        say(f"{run.policy.n_params} parameters; the next step samples from them")
     return m
 
 
 def rounded(values, digits):
-    return [round(float(v), digits) for v in values]
+    return [round(v, digits) for v in torch.as_tensor(values).detach().double().tolist()]
 
 
-def show_group(run, cfg, group):
-    """One prompt's rollouts, and where the first branch whose verdict is not its parent's left it."""
-    say, text = run.print, run.tokenizer.decode
+def show_samples(run, cfg, sampled):
+    """What was sampled, and of one prompt where the first branch whose verdict is not its parent's left it."""
+    say, text, tokens = run.print, run.tokenizer.decode, sum(b.length for b in sampled.briefs)
+    say("\n== 1. sample: base responses, entropies, branches, verdicts (rollout.collect)")
+    say(f"{sampled.prompts} prompts x G = {cfg.n1} (1 + {cfg.n2}) = {cfg.group_size} rollouts, {tokens} tokens; "
+        f"{sampled.mixed} groups are mixed, {len(sampled.kept) // cfg.group_size} are kept: N = {len(sampled.kept)}")
+    group = sampled.kept[: cfg.group_size]
+    if not group:
+        return
     flips = [b for b in group if b.parent >= 0 and b.correct != group[b.parent].correct]
     b = (flips or group[cfg.n1 :] or group)[0]
     base = group[max(0, b.parent)]
     say(f"prompt {text(base.prompt_ids)!r} = ids ({len(base.prompt_ids)},) {base.prompt_ids}")
     if cfg.n2:
         say(f"base response {b.parent}, ids ({len(base.response_ids)},): {text(base.response_ids)!r}")
-    if cfg.n2 and base.entropy is not None:
+    if base.candidates:
         say(f"H ({len(base.entropy)},), nats: {rounded(base.entropy, 2)}")
         pool = [f"{t} {text([base.response_ids[t]])!r} {base.entropy[t]:.2f}" for t in base.candidates[:10]]
         kind = " of highest H" if cfg.critical == "entropy" else ""
@@ -93,29 +99,87 @@ def show_group(run, cfg, group):
         say(f"t* = {b.t_star}: refined prompt {text(b.prompt_ids + b.prefix_ids)!r}, "
             f"{len(b.prompt_ids)} + {len(b.prefix_ids)} ids")  # fmt: skip
     for i, r in enumerate(group):
-        kind = "base     " if r.parent < 0 else f"branch of {r.parent} at {r.t_star:2}"
+        kind = "base     " if r.parent < 0 else f"branch of {r.parent} at {'-' if r.t_star is None else r.t_star:>2}"
         if r.parent < 0 or r.parent == b.parent:
             say(f"{i:3} {kind:18} {len(r.response_ids):3} tokens, {r.finish:6} {r.text!r} -> {r.reward:+g}")
 
 
-def show_loss(run, cfg, rows, mini, loss_fn):
-    """The micro-batch `rows` of the minibatch `mini` under the present weights, from log-probs to one number."""
-    scored = run.policy.score([rows], cfg.temperature)
-    logp, entropy = (torch.from_numpy(np.concatenate(x)) for x in zip(*scored, strict=True))  # (T,)
-    old = torch.from_numpy(np.concatenate([r.old_logp for r in rows]))
-    length = torch.tensor([len(r.response_ids) for r in rows])  # (n,)
-    advantage = torch.tensor([r.advantage for r in rows]).repeat_interleave(length)
-    loss, flags = policy_loss(logp, old, advantage, cfg.clip_low, cfg.clip_high, cfg.clip_dual)
-    n_tokens = sum(len(r.response_ids) for r in mini)
-    w = token_weights(length, length, cfg.agg, n_tokens, len(mini))
-    ratio = (logp - old).exp()
-    for key, values in (("logp", logp), ("old_logp", old), ("advantage", advantage), ("loss", loss)):
-        run.print(f"{key:13}{tuple(values.shape)!s:11}{rounded(values[:8], 4)} ...")
-    clipped = int((flags["clipped_low"] | flags["clipped_high"]).sum())
-    run.print(f"ratio        {ratio.min():.4f} to {ratio.max():.4f}, clipped {clipped} of {len(ratio)} tokens; "
-              f"weight of a token {w[0]:.3e} = 1 / {1 / w[0]:.0f}")  # fmt: skip
-    more = {"entropy_mask_rho": cfg.entropy_mask_rho < 1, "entropy_coef": cfg.entropy_coef, "loss_mode": cfg.loss_mode != "ppo",
-            "tis_cap": cfg.tis_cap}  # fmt: skip
-    more = ", ".join(key for key, on in more.items() if on)
-    run.print(f"sum(loss x weight) {(loss * w).sum():+.6f}; the training loop's own number {loss_fn(rows, logp, entropy):+.6f}"
-              + (f", with {more}; the lines above are without" if more else ""))  # fmt: skip
+def show_cut(say, minibatches):
+    say("\n== 2. minibatches and old log-probs (cure.cut_minibatches, cure.score, cure.compare_with_engine)")
+    say(f"rollouts in [minibatch][rank][micro-batch]: {[[[len(x) for x in rank] for rank in m.cut] for m in minibatches]}")
+
+
+def show_advantages(say, group):
+    say("\n== 3. advantages (cure.set_advantages, loss.group_advantages)")
+    scores = [r.reward for r in group]
+    say(f"scores of the group: {[int(s) if s == int(s) else s for s in scores]}")
+    for r in sorted({(r.reward, r.advantage) for r in group}, reverse=True):
+        say(f"score {r[0]:g} -> advantage {r[1]:.4f}")
+
+
+def show_losses(script, run, method):
+    """Windows on the loss: the first micro-batch of the first and of the last minibatch, from log-probs to one number."""
+    make, policy_loss, token_weights, seen = script.minibatch_loss, method.policy_loss, script.token_weights, {}
+
+    def see_loss(logp, old, advantage, entropy, rows, *clips):
+        loss, flags = policy_loss(logp, old, advantage, entropy, rows, *clips)
+        seen.update(logp=logp, old_logp=old, advantage=advantage, loss=loss, clipped=flags["pg_clipfrac"])
+        return loss, flags
+
+    def see_weights(*args):
+        seen["weight"] = token_weights(*args)
+        return seen["weight"]
+
+    def minibatch_loss(run, cfg, method, mini, k, sums):
+        loss_fn, shown = make(run, cfg, method, mini, k, sums), []
+
+        def watched(rows, logp, entropy):
+            loss = loss_fn(rows, logp, entropy)
+            if not shown and rows:
+                shown.append(show_loss(run, k, rows, loss, seen))
+            return loss
+
+        return watched if k in (0, run.walk_last) else loss_fn
+
+    def cut_minibatches(*args):
+        out = cut(*args)
+        run.walk_last = len(out) - 1
+        return out
+
+    cut, script.cut_minibatches = script.cut_minibatches, cut_minibatches
+    script.minibatch_loss, method.policy_loss, script.token_weights = minibatch_loss, see_loss, see_weights
+
+
+def show_loss(run, k, rows, loss, seen):
+    say = run.print
+    if k == 0:
+        say("\n== 4. the loss of one micro-batch (policy.pack, loss.policy_loss, loss.token_weights)")
+        for key, value in pack(rows, run.device, run.policy.bucket).items():
+            tensor = torch.is_tensor(value)
+            say(f"{key:13}" + (f"{tuple(value.shape)!s:11}{value.flatten()[:14].tolist()} ..." if tensor else f"{value}"))
+    else:
+        say(f"and of a micro-batch of minibatch {k}, after {k} optimizer step{'s' * (k > 1)}:")
+    for key in ("logp", "old_logp", "advantage", "loss"):
+        say(f"{key:13}{tuple(seen[key].shape)!s:11}{rounded(seen[key][:8], 4)} ...")
+    ratio, w = (seen["logp"] - seen["old_logp"]).detach().exp(), seen["weight"]
+    say(f"ratio        {ratio.min():.4f} to {ratio.max():.4f}, clipped {int(seen['clipped'].sum())} of {len(ratio)} tokens; "
+        f"weight of a token {w[0]:.3e} = 1 / {1 / w[0]:.0f}")  # fmt: skip
+    say(f"the micro-batch's share of the loss {loss.item():+.6f}")
+
+
+def main(argv):
+    """The command. Exit code 2: a setting is wrong."""
+    with one_line_errors():
+        path = next((a.split("=", 1)[1] for a in argv if a.startswith("script=")), "cure.py")
+        script, argv = load_script(path), [a for a in argv if not a.startswith("script=")]
+        name, cfg = load_config(argv, usage=__doc__)[0]
+        if cfg.kind == "sft":
+            raise ValueError(f"kind: the first stage {name} is supervised, the walkthrough shows a step of RL")
+        run = script.setup(argv, files=False)
+    walk(script, run)
+    end_group(run)
+    return 0
+
+
+if __name__ == "__main__":
+    leave(main, sys.argv[1:])
