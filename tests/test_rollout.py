@@ -57,12 +57,16 @@ def tokenizer_of(symbols):
                           eos_token=symbols[1], clean_up_tokenization_spaces=False)
 
 
-def test_draw_finds_every_token_of_a_large_vocabulary():
-    """150,000 equal tokens: the number in the middle of a token's share draws it. In fp32 the sums would drift off."""
-    V = 150_000
-    k = torch.arange(0, V, 997)
-    token, logp = draw(torch.zeros(1, V).expand(len(k), V), (k.double() + 0.5) / V, Sampling(1))
-    assert torch.equal(token, k) and torch.allclose(logp, torch.tensor(-np.log(V), dtype=torch.float32), atol=1e-5)
+def test_draw_finds_the_unlikely_tokens_of_a_large_vocabulary():
+    """One token of probability 0.9998 and 150,000 of 1e-9. The middle of a token's share draws it. In fp32, whose numbers
+    near 1 are 6e-8 apart, sixty of them would be one."""
+    logits = torch.full((1, 150_001), float(np.log(1e-9)))
+    logits[0, 0] = 0.0
+    p = np.exp(logits[0].double().log_softmax(-1).numpy())
+    k = np.arange(1, 150_001, 997)
+    u = torch.from_numpy(p.cumsum()[k] - p[k] / 2)
+    token, logp = draw(logits.expand(len(k), -1), u, Sampling(1))
+    assert token.tolist() == k.tolist() and np.allclose(logp.numpy(), np.log(p[k]), atol=1e-4)
 
 
 # --------------------------------------------------------------------------------------------------- which tokens may branch
