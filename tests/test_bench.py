@@ -1,8 +1,9 @@
-"""bench.py: every part runs on random weights at the smallest size; what it compares is the same computation."""
+"""tools/bench.py: every part runs on random weights at the smallest size; what it compares is the same computation."""
 import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,15 +14,17 @@ from tools import bench
 
 
 def run(*argv, ranks=1):
+    """Its JSON line, as the two commands of its docstring start it."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
-    p = subprocess.run([sys.executable, *launch, "bench.py", *argv], cwd=ROOT, capture_output=True, text=True, timeout=300,
+    command = [sys.executable, *launch, "-m", "tools.bench", *argv]
+    p = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300,
                        env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
     assert p.returncode == 0, p.stderr
     return json.loads(p.stdout.splitlines()[-1])
 
 
-SMALL = ["--shape", "toy", "--repeats", "1", "--rollouts", "8", "--mean", "20", "--longest", "60", "--head-tokens", "64",
-         "prompts_per_step=2", "prompts_per_minibatch=2", "max_response_tokens=16"]  # fmt: skip
+SMALL = ["--shape", "toy", "--repeats", "1", "--rollouts", "8", "--mean", "20", "--longest", "60", "--head-tokens",
+         "64", "prompts_per_step=2", "prompts_per_minibatch=2", "max_response_tokens=16"]  # fmt: skip
 
 
 @pytest.mark.slow
@@ -29,8 +32,8 @@ SMALL = ["--shape", "toy", "--repeats", "1", "--rollouts", "8", "--mean", "20", 
 def test_every_part_leaves_its_numbers(ranks):
     out = run(*SMALL, *(["--only", "update,scaling,score,rollout,sync,balance"] if ranks == 1 else []), ranks=ranks)
     assert out["ranks"] == ranks and out["tokens"] > 0
-    for name in ("update, response tokens/s and rank", "log-prob pass, response tokens/s and rank", "update, TFLOP/s and rank",
-                 "torch round 2, generated tokens/s"):
+    for name in ("update, response tokens/s and rank", "log-prob pass, response tokens/s and rank",
+                 "update, TFLOP/s and rank", "torch round 2, generated tokens/s"):
         assert out[name] > 0, name
     assert abs(out["gradient norm padded / packed - 1"]) < 1e-5
     assert abs(out["gradient norm with half the head_chunk / whole - 1"]) < 1e-6
@@ -55,6 +58,25 @@ def test_an_unknown_part_is_refused(capsys):
     with pytest.raises(SystemExit):
         bench.main(["--only", "update,speed"])
     assert "--only: speed: the parts are update" in capsys.readouterr().err
+
+
+def test_a_wrong_setting_is_one_line_that_names_the_key(capsys):
+    for argv, key in ((["microbatch_tokens=1"], "microbatch_tokens"), (["--longest", "9999"], "--longest")):
+        with pytest.raises(SystemExit) as e:
+            bench.main(argv)
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and err.startswith(f"error: {key}: ") and err.count("\n") == 1
+
+
+def test_the_head_alone_in_a_process_counts_its_own_memory():
+    """The logits of 8192 tokens and 4000 symbols are 125 MiB; the naive head holds several, a chunk is an eighth."""
+    b = SimpleNamespace(rank=0, notes={}, progress=lambda turns, what: turns)
+    b.note = b.notes.__setitem__
+    b.args, b.config = SimpleNamespace(head_tokens=8192, repeats=1), SimpleNamespace(hidden_size=32, vocab_size=4000)
+    bench.bench_head(b)
+    gib = {kind: b.notes[f"head {kind}, 8192 x 4000: peak GiB"] for kind in ("chunked", "naive")}
+    print({kind: f"{1024 * x:.0f} MiB" for kind, x in gib.items()})
+    assert 125 / 1024 < gib["naive"] < 1.2 and gib["chunked"] < gib["naive"] / 2
 
 
 @pytest.mark.parametrize("shape, millions", [("135m", 134.5), ("0.5b", 494.0), ("1.5b", 1543.7), ("7b", 7615.6)])

@@ -1,289 +1,287 @@
-"""What a config will cost, before anything is spent: tokens, FLOPs, seconds, memory and disk, by arithmetic on the model's shape.
+"""What a config will cost, before anything is spent: tokens, FLOPs, seconds, memory and disk, by arithmetic.
 
-    python cure.py --config X dry_run=true                                    # needs the model's config.json, and no GPU
-    python cure.py --config X dry_run=true plan_gpu=a100 plan_gpus=4 plan_mean_response=1500 model=DIR
+    python -m tools.plan --config X gpu=a100 gpus=4 response=1500 model=DIR    # no GPU, only the model's config.json
 
-Assumed, since only a run knows (constants below): every prompt has 180 tokens and every response plan_mean_response, a
-branch's inherited prefix included; t* is at half of the response, so a branch inherits half and generates half; half of the
-groups have right and wrong answers, so that 1024 sampled prompts keep 512; all lengths are equal, no rank waits for another.
-The engine is vLLM, whatever `engine` says; GPUs are those of one node. Not counted: evaluation, weight sync, sleep and wake,
-verifiers, checkpoints, vLLM's work on the host.
+gpu is one of h100, h200, a100 (80 GB), l40s, rtx4090; gpus are those of one node. response is the tokens of a mean
+response, 0 for 1000, or for 40 % of max_response_tokens where that is less. Any other key=value is the config's.
 
-Seconds. `floor`: nothing can be faster; FLOPs at the GPU's peak, and for decoding the larger of that and all bytes read (weights
-once a decoding step, each sequence's KV cache once a token) at full memory bandwidth. `expected`: FLOPs at MFU of the peak, bytes
-at MBU of the bandwidth; in decoding matrix products and attention one after the other; elsewhere FSDP's traffic where it is
-longer than the computation it hides behind (PCIe). Activation checkpointing runs one more forward, which costs seconds but
-is not in the FLOPs shown (those are useful ones: 3 forwards an update).
+Only a run knows what is assumed here (the constants below). All prompts are equally long, and so are all responses, a
+branch's inherited prefix included: no rank waits for another. The engine is vLLM, whatever `engine` says. Evaluation,
+weight sync, sleep and wake, verifiers, checkpoints and vLLM's work on the host are not counted.
 
-Published for 7B, stage 1, 8 x H100, responses of 1000: update 406 PFLOP, 128 s (ours, without checkpointing: 402, 129 s); old
-log-probs 34-49 s (42), entropy pass 17-24 s (22), both the range of MFU 0.5 to 0.35; decoding 25-35 s, which is the floor (31 s;
-27 s in whole rounds, prompts_per_chunk=0).
+floor: nothing can be faster. FLOPs take the GPU's peak, decoding the larger of that and of all bytes read at full
+bandwidth. expected: FLOPs at MFU of the peak, bytes at MBU of the bandwidth, matrix products and attention of decoding
+one after the other, FSDP's traffic where it is longer than the computation it hides behind (PCIe). FLOPs shown are
+useful ones, 3 forwards an update: what checkpointing computes again costs seconds only.
 """
 
 import math
 import os
-from bisect import bisect_left
+import sys
+from collections import namedtuple
 from dataclasses import replace
-from typing import NamedTuple
 
+from cure import HOOKS
 from lib import toy
+from lib.config import load_config
+from lib.files import aligned
 from lib.memory import GIB, GPUS, engine_room, engine_share, forward_flops, model_sizes, trainer_memory
+from lib.method import load_method
 from lib.policy import load_hf_config
+from lib.ranks import one_line_errors
 
-MFU = 0.4  # of peak, in FLOPs executed (with checkpointing 0.3 of useful ones): 0.35 to 0.5 is usual for FSDP at 7B on H100
+MFU = 0.4  # of peak, in FLOPs executed (with checkpointing 0.3 of useful ones): FSDP at 7B on H100 has 0.35 to 0.5
 MBU = 0.7  # of the bandwidth while decoding
 MEAN_PROMPT = 180  # DAPO-Math: ~90 tokens of instruction and chat template, questions of ~270 characters at 3 a token
 DEPTH = 0.5  # t* as a share of the response: uniform
-MIXED = 0.5  # share of groups with right and wrong answers: what the reference's 1024 prompts a round for 512 presume
-# ------------------------------------------------------------------------------------------------------- sizes and GPU memory
-# ------------------------------------------------------------------------------------------------------------ FLOPs and seconds
-class Batch(NamedTuple):
-    """Sequences of equal lengths."""
+MIXED = 0.5  # share of groups with right and wrong answers: the reference samples 1024 prompts a round for 512
 
-    count: int
-    context: int  # tokens that are given: prompt, and a branch's prefix
-    new: int  # tokens that are sampled
-
-
-class Phase(NamedTuple):
-    name: str
-    sequences: int
-    generated: int  # tokens sampled
-    tokens: int  # tokens through the model
-    flops: float  # useful ones, of all GPUs
-    floor: float  # seconds
-    expected: float  # seconds
+# the model's HF config, an entry of GPUS, how many, tokens of a mean response, bytes a GPU holds of frozen models
+Given = namedtuple("Given", "config gpu world response frozen", defaults=(0, 0))
+# equal sequences: how many; tokens given to each, the prompt and a branch's prefix; tokens sampled
+Batch = namedtuple("Batch", "count context new")
+# tokens sampled, tokens through the model, useful FLOPs of all GPUs, seconds
+Phase = namedtuple("Phase", "name sequences generated tokens flops floor expected")
 
 
-def batches(cfg):
-    """One training step -> (chunks, prompts of one, its base and branch batches, base and branch batches that are trained on).
-    A round is sampled in equal chunks, here, and ends with the one that fills the step (rollout.collect)."""
+# -------------------------------------------------------------------------------------------------- FLOPs and seconds
+def batches(cfg, response=0):
+    """One training step -> (rounds, prompts of one, its base and branch batches, those that are trained on)."""
     prompt = min(MEAN_PROMPT, max(1, cfg.max_prompt_tokens // 2))
-    response = cfg.plan_mean_response or max(1, min(1000, int(0.4 * cfg.max_response_tokens)))
+    response = response or max(1, min(1000, int(0.4 * cfg.max_response_tokens)))
     if cfg.kind == "sft":
         return 0, 0, [], [Batch(cfg.prompts_per_step, prompt, response)]
-    chunk = math.ceil(cfg.prompts_per_round / math.ceil(cfg.prompts_per_round / (cfg.prompts_per_chunk or cfg.prompts_per_round)))
-    chunks = math.ceil(min(cfg.prompts_per_step / MIXED, cfg.max_rounds * cfg.prompts_per_round) / chunk)
-    drawn = min(chunks * chunk, cfg.max_rounds * cfg.prompts_per_round)  # the last chunk of a round may be smaller
-    kept = max(1, min(cfg.prompts_per_step, int(MIXED * drawn)))
+    rounds = min(cfg.max_rounds, math.ceil(cfg.prompts_per_step / MIXED / cfg.prompts_per_round))
+    kept = max(1, min(cfg.prompts_per_step, int(MIXED * rounds * cfg.prompts_per_round)))
     # critical=none starts branches at 0, clause=last a clause before the fork: as good as 0
     depth = int(DEPTH * response) if cfg.critical != "none" and cfg.clause == "prefix" else 0
     depth = min(depth, cfg.max_prompt_tokens - prompt)
 
     def group(prompts):
-        out = [Batch(prompts * cfg.n1, prompt, response)]
-        return out + ([Batch(prompts * cfg.n1 * cfg.n2, prompt + depth, response - depth)] if cfg.n2 else [])
+        branches = Batch(prompts * cfg.n1 * cfg.n2, prompt + depth, response - depth)
+        return [Batch(prompts * cfg.n1, prompt, response), *([branches] if cfg.n2 else [])]
 
-    return chunks, chunk, group(chunk), group(kept)
+    return rounds, cfg.prompts_per_round, group(cfg.prompts_per_round), group(kept)
 
 
-def pass_phase(name, config, cfg, gpu, world, parts, minibatches=1, update=False):
+def pass_phase(name, cfg, given, parts, minibatches=1, update=False):
     """A forward over the batches `parts`, or forward and backward, cut into minibatches and micro-batches."""
+    config, gpu, world = given[:3]
     s = model_sizes(config)
     tokens = sum(b.count * (b.context + b.new - 1) for b in parts)  # a sequence's last token is no input (policy.pack)
     flops = done = sum(b.count * forward_flops(config, [b.context + b.new - 1], b.new) for b in parts)
     if update:  # the chunked head is multiplied once more, as every block is with checkpointing
-        done = 4 * flops if cfg.activation_checkpointing else 3 * flops + 2 * s.head * sum(b.count * b.new for b in parts)
-        flops *= 3
+        again = flops if cfg.activation_checkpointing else 2 * s.head * sum(b.count * b.new for b in parts)
+        flops, done = 3 * flops, 3 * flops + again
     micro = minibatches * math.ceil(tokens / minibatches / world / cfg.micro_batch_tokens)
-    # a micro-batch gathers bf16 weights, again for the backward, and reduces fp32 gradients; (world - 1) / world of them travel
+    # a micro-batch gathers bf16 weights, again for the backward, and reduces fp32 gradients: what travels of them
     traffic = micro * (8 if update else 2) * s.params * (world - 1) / world / gpu.link
     seconds = flops / world / gpu.flops, max(done / world / gpu.flops / MFU, traffic)
     return Phase(name, sum(b.count for b in parts), 0, tokens, flops, *seconds)
 
 
-def decode_phase(name, config, cfg, gpu, world, batch, chunks, prefill):
-    """Generating `batch` `chunks` times. prefill: requests of a chunk whose context has to be read first; the other sequences
-    find it in the cache."""
-    s = model_sizes(config)
-    mine, new = math.ceil(batch.count / world), batch.new
-    mean = batch.context + (new + 1) / 2  # tokens in a sequence's cache when it is read, on average
-    room = engine_room(cfg, config, world, gpu.memory * GIB)[2]
-    slots = min(gpu.slots, room // math.ceil(mean))  # sequences decoded together
-    slots = slots if slots > 0 else gpu.slots  # no room at all: seconds as if there were; `warnings` says so
-    weights = new * max(1, mine / slots) * 2 * (s.layers * s.block + s.head)  # bytes: all but the embedding, once a decoding step
-    cache = mine * new * mean * s.kv_bytes  # bytes
-    before = forward_flops(config, [batch.context], 0)
-    flops = forward_flops(config, [batch.context + new], new) - before
-    products = mine * (flops - 4 * s.heads * s.layers * mean * new)  # without attention, whose time is that of reading the cache
+def decode_phase(name, cfg, given, batch, rounds, prefill):
+    """Generating `batch` `rounds` times. prefill: requests of a round whose context is in no prefix cache yet."""
+    config, gpu, world = given[:3]
+    s, (count, context, new) = model_sizes(config), batch
+    mine, mean = math.ceil(count / world), context + (new + 1) / 2  # tokens in a sequence's cache when read, on average
+    room = memory(cfg, given)["awake"]["KV cache"] // s.kv_bytes
+    # sequences decoded together; no room at all: seconds as if there were, and `warnings` says so
+    slots = min(gpu.slots, room // math.ceil(mean)) or gpu.slots
+    # read: all weights but the embedding once a decoding step, each sequence's cache once a token
+    weights = new * max(1, mine / slots) * 2 * (s.layers * s.block + s.head) / gpu.bandwidth
+    cache = mine * new * mean * s.kv_bytes / gpu.bandwidth
+    before = forward_flops(config, [context], 0)
+    flops = forward_flops(config, [context + new], new) - before
+    products = flops - 4 * s.heads * s.layers * mean * new  # without attention: its time is that of reading the cache
     reading = prefill * before / world / gpu.flops
-    floor = max(mine * flops / gpu.flops, (weights + cache) / gpu.bandwidth) + reading
-    expected = max(products / gpu.flops / MFU, weights / gpu.bandwidth / MBU) + cache / gpu.bandwidth / MBU + reading / MFU
-    tokens = batch.count * new, batch.count * new + prefill * batch.context
-    totals = *tokens, batch.count * flops + prefill * before, floor, expected
-    return Phase(name, chunks * batch.count, *(chunks * t for t in totals))
+    floor = max(mine * flops / gpu.flops, weights + cache) + reading
+    expected = max(mine * products / gpu.flops / MFU, weights / MBU) + cache / MBU + reading / MFU
+    totals = count, count * new, count * new + prefill * context, count * flops + prefill * before, floor, expected
+    return Phase(name, *(rounds * x for x in totals))
 
 
-def step_phases(cfg, config, gpu, world):
+def step_phases(cfg, given):
     """The phases of one training step, in order."""
-    chunks, prompts, sampled, kept = batches(cfg)
-    minibatches = math.ceil(kept[0].count / (cfg.n1 if chunks else 1) / cfg.prompts_per_minibatch)
-    update = pass_phase("update", config, cfg, gpu, world, kept, minibatches, update=True)
-    if not chunks:
+    rounds, prompts, sampled, kept = batches(cfg, given.response)
+    minibatches = math.ceil(kept[0].count / (cfg.n1 if rounds else 1) / cfg.prompts_per_minibatch)
+    update = pass_phase("update", cfg, given, kept, minibatches, update=True)
+    if not rounds:
         return [update]
     base, scored = sampled[0], cfg.n2 and cfg.critical != "none"
-    out = [decode_phase("generate base", config, cfg, gpu, world, base, chunks, prompts)]
+    out = [decode_phase("generate base", cfg, given, base, rounds, prompts)]
     if scored:
-        out.append(pass_phase("entropy pass", config, cfg, gpu, world, [base._replace(count=chunks * base.count)]))
-    if cfg.n2:  # with the cache, round 1 left prompt and prefix there
-        prefill = 0 if cfg.prefix_caching else base.count
-        out.append(decode_phase("generate branches", config, cfg, gpu, world, sampled[1], chunks, prefill))
+        out.append(pass_phase("entropy pass", cfg, given, [base._replace(count=rounds * base.count)]))
+    if cfg.n2:  # round 1 left prompt and prefix in the cache
+        out.append(decode_phase("generate branches", cfg, given, sampled[1], rounds, 0))
     parts = kept[1:] if cfg.reuse_entropy_logp and scored else kept
-    out.append(pass_phase("old log-probs", config, cfg, gpu, world, parts, minibatches))
-    if cfg.loss_mode != "ppo" and minibatches > 1:  # before every minibatch but the first (cure.choose_by_covariance)
-        again = [b._replace(count=b.count * (minibatches - 1) // minibatches) for b in kept]
-        out.append(pass_phase("covariance pass", config, cfg, gpu, world, again, minibatches - 1))
+    out.append(pass_phase("old log-probs", cfg, given, parts, minibatches))
+    surveys = load_method(cfg, HOOKS).survey_minibatch is not HOOKS["survey_minibatch"]
+    if surveys and minibatches > 1:  # for the first minibatch the old log-probs are the present ones
+        rest = [b._replace(count=b.count * (minibatches - 1) // minibatches) for b in kept]
+        out.append(pass_phase("survey pass", cfg, given, rest, minibatches - 1))
     return [*out, update]
 
 
-# -------------------------------------------------------------------------------------------------------------- memory and disk
-def memory(cfg, config, gpu, world):
-    """Bytes of one GPU by part at the two peaks -> {"awake": during a log-prob pass beside the engine, "asleep": during an
-    update}. `free` is the rest, negative where it does not fit."""
+# ---------------------------------------------------------------------------------------------------- memory and disk
+def memory(cfg, given):
+    """Bytes of one GPU by part at the two peaks of trainer_memory -> {"awake": parts, "asleep": parts}. `free` is the
+    rest, negative where it does not fit."""
+    config, gpu, world, _, frozen = given
     s, total = model_sizes(config), gpu.memory * GIB
-    awake, asleep = trainer_memory(cfg, config, world)
-    cache = max(0, engine_room(cfg, config, world, total)[2]) * s.kv_bytes
+    cache = max(0, engine_room(cfg, config, world, total, frozen)[2]) * s.kv_bytes
     engine = {"engine weights": 2 * s.params, "KV cache": cache, "engine workspace": GIB}
+    awake, asleep = trainer_memory(cfg, config, world, frozen)
     peaks = {"awake": awake | engine, "asleep": asleep | dict.fromkeys(engine, 0)}
     return {k: parts | {"free": total - sum(parts.values())} for k, parts in peaks.items()}
 
 
-def misfits(cfg, config, gpu, world):
-    """Which of the two peaks do not fit on the GPU: a list of "awake", "asleep"."""
-    out = ["asleep"] if memory(cfg, config, gpu, world)["asleep"]["free"] < 0 else []
+def misfits(cfg, given):
+    """Which of the two peaks do not fit on the GPU -> {"awake" or "asleep": what is missing}."""
+    short = {peak: -parts["free"] / GIB for peak, parts in memory(cfg, given).items()}
+    out = {peak: f"over by {gib:.1f} GiB" for peak, gib in short.items() if gib >= 0.05}
     try:
-        engine_share(cfg, config, world, gpu.memory * GIB)
-    except ValueError:  # what the run itself would say
-        return ["awake", *out]
+        engine_share(cfg, given.config, given.world, given.gpu.memory * GIB, given.frozen)
+    except ValueError:  # the run itself would refuse
+        out = {"awake": "no KV cache for one sequence"} | out
     return out
 
 
-def remedies(cfg, config, gpu, world, peak):
-    """Changes of a single key, "key=value", each of which alone makes `peak` fit; or, if none does, GPUs on which it fits."""
+def remedies(cfg, given, peak):
+    """Changes "key=value" of one key, each of which alone makes `peak` fit. If there is none: GPUs on which it fits."""
 
-    def fits(gpu=gpu, world=world, **changes):
-        return peak not in misfits(replace(cfg, **changes), config, gpu, world)
+    def mends(at=given, **changes):
+        return peak not in misfits(replace(cfg, **changes), at)
 
-    longest, counts, out = cfg.max_prompt_tokens + cfg.max_response_tokens, [2**k for k in range(11)], []
-    if not cfg.activation_checkpointing and fits(activation_checkpointing=True):
-        out.append("activation_checkpointing=true")
-    budgets = range(-(-longest // 1024) * 1024, cfg.micro_batch_tokens, 1024)  # one sequence must fit
-    if k := bisect_left(budgets, True, key=lambda v: not fits(micro_batch_tokens=v)):
-        out.append(f"micro_batch_tokens={budgets[k - 1]}")
-    share = int(100 * engine_room(cfg, config, world, gpu.memory * GIB)[1]) / 100
-    if cfg.gpu_memory_utilization and share > 0 and fits(gpu_memory_utilization=share):
-        out.append(f"gpu_memory_utilization={share}")
-    if more := next((n for n in counts if n > world and fits(world=n)), 0):
-        out.append(f"plan_gpus={more}")
-    if not out:
-        least = {k: next((n for n in counts if n >= world and fits(gpu=g, world=n)), 0) for k, g in GPUS.items()}
-        out = [f"plan_gpu={k}" + (f" plan_gpus={n}" if n != world else "") for k, n in least.items() if n]
-    return out
-
-
-def planned(stages):
-    """[(stage, config, steps)]: what max_steps leaves of each stage."""
-    left, out = stages[0][1].max_steps or math.inf, []
-    for name, cfg in stages:
-        out.append((name, cfg, cfg.steps if cfg.kind == "sft" else min(cfg.steps, left)))
-        left -= out[-1][2] if cfg.kind == "rl" else 0
+    longest, counts = cfg.max_prompt_tokens + cfg.max_response_tokens, [2**k for k in range(11)]
+    tries = {  # the first value that fits is taken
+        "activation_checkpointing": [True],
+        "micro_batch_tokens": range(cfg.micro_batch_tokens // 1024 * 1024, longest - 1, -1024),
+        "gpu_memory_utilization": [k / 100 for k in range(99, 0, -1)],
+    }
+    found = {key: next((v for v in values if mends(**{key: v})), 0) for key, values in tries.items()}
+    found["gpus"] = next((n for n in counts if n > given.world and mends(given._replace(world=n))), 0)
+    if out := [f"{key}={value}".lower() for key, value in found.items() if value]:
+        return out
+    for key, gpu in GPUS.items():
+        n = next((n for n in counts if n >= given.world and mends(given._replace(gpu=gpu, world=n))), 0)
+        out += [f"gpu={key}" + f" gpus={n}" * (n != given.world)] if n else []
     return out
 
 
 def disk(stages, config):
-    """Bytes of (one checkpoint, the most that lie there at a time, what is left at the end), as checkpoint.py does it."""
-    n, written, peak = model_sizes(config).params, [], 0
-    one, hf = 14 * n, 2 * n  # state: fp32 weights and two moments; hf: bf16
-    for _, cfg, steps in planned(stages):
-        for step in range(1, steps + 1):
-            if step == steps or cfg.save_every and step % cfg.save_every == 0:
-                written.append([one, step == cfg.steps])
-                peak = max(peak, sum(size for size, _ in written))  # the new one is complete before an old one goes
-                for old in written[: -cfg.keep_ckpts]:
-                    old[0] = old[0] if old[1] else hf * cfg.keep_hf
-    return one, peak, sum(size for size, _ in written)
+    """Bytes of (one checkpoint, the most that lie there at a time, what is left at the end), see lib/checkpoint.py."""
+    one = 14 * model_sizes(config).params  # state: fp32 weights and two moments; hf: bf16
+    there, most = [], 0  # of each checkpoint that lies there, whether it ends a stage
+    for _, cfg in stages:
+        for step in range(1, cfg.steps + 1):
+            if step == cfg.steps or cfg.save_every and step % cfg.save_every == 0:
+                there.append(step == cfg.steps)
+                most = max(most, len(there))  # the new one is complete before an old one goes
+                there = [end for end in there[: -cfg.keep_ckpts] if end] + there[-cfg.keep_ckpts :]
+    return one, most * one, len(there) * one
 
 
-# ------------------------------------------------------------------------------------------------------------------- the report
-def warnings(stages, config):
-    """Lines about what will not work, each with the key to change and a value."""
-    first, out = stages[0][1], []
-    context = getattr(config, "max_position_embeddings", None) or math.inf
-    for name, cfg in stages:
-        if (longest := cfg.max_prompt_tokens + cfg.max_response_tokens) > context:
-            value = context - cfg.max_prompt_tokens
-            change = f"stages.{name}.max_response_tokens={value}" if value > 0 else "lower max_prompt_tokens as well"
-            out.append(f"prompt and response of {name} take {longest} tokens, the model's context is {context}: {change}")
-    if first.dtype == "float32":
-        out.append("float32 does not run on a GPU, packed attention is bf16 there: dtype=auto")
-    gpu, world, cfg = GPUS[first.plan_gpu], first.plan_gpus, longest_stage(stages)
-    phase = {"awake": "log-prob passes beside the engine", "asleep": "the update"}
-    for peak in misfits(cfg, config, gpu, world):
-        short = -memory(cfg, config, gpu, world)[peak]["free"] / GIB
-        what = f"over by {short:.1f} GiB" if short >= 0.05 else "no KV cache for one sequence"
-        change = " | ".join(remedies(cfg, config, gpu, world, peak)) or "a smaller model"
-        out.append(f"{phase[peak]} will not fit on {world} x {gpu.name} ({what}), the seconds are as if it did: {change}")
-    return out
-
-
-def longest_stage(stages):
+# --------------------------------------------------------------------------------------------------------- the report
+def widest(stages):
     """The config of the stage with the longest sequences: the engine is built for those."""
     return max((c for _, c in stages), key=lambda c: c.max_prompt_tokens + c.max_response_tokens)
 
 
-def stage_report(name, cfg, steps, config, gpu, world):
+def warnings(stages, given):
+    """Lines about what will not work, each with the key to change and a value."""
+    context, out = getattr(given.config, "max_position_embeddings", None) or math.inf, []
+    for name, c in stages:
+        longest, room = c.max_prompt_tokens + c.max_response_tokens, context - c.max_prompt_tokens
+        if longest > context:
+            change = f"stages.{name}.max_response_tokens={room}" if room > 0 else "lower max_prompt_tokens as well"
+            out.append(f"prompt and response of {name} take {longest} tokens, the context is {context}: {change}")
+    cfg = widest(stages)
+    if cfg.dtype == "float32":
+        out.append("float32 does not run on a GPU, packed attention is bf16 there: dtype=auto")
+    phase = {"awake": "log-prob passes beside the engine", "asleep": "the update"}
+    for peak, what in misfits(cfg, given).items():
+        change = " | ".join(remedies(cfg, given, peak)) or "a smaller model"
+        where = f"{given.world} x {given.gpu.name} ({what}), the seconds are as if it did"
+        out.append(f"{phase[peak]} will not fit on {where}: {change}")
+    return out
+
+
+def stage_report(name, cfg, given):
     """-> (lines about one stage, its expected hours)."""
-    chunks, prompts, _, kept = batches(cfg)
-    trained = sum(b.count for b in kept)
-    about = f"{trained} rows"
-    if chunks:
-        n = min(chunks * prompts, cfg.max_rounds * cfg.prompts_per_round)
-        about = f"{n} prompts x {cfg.group_size} = {n * cfg.group_size} rollouts, {trained} of them trained on"
-    lines = ["", f"{name}, one of {steps} steps: {about}"]
+    rounds, prompts, _, kept = batches(cfg, given.response)
+    n, trained = rounds * prompts, sum(b.count for b in kept)
+    about = f"{n} prompts x {cfg.group_size} = {n * cfg.group_size} rollouts, {trained} of them trained on"
+    lines = ["", f"{name}, one of {cfg.steps} steps: {about if rounds else f'{trained} rows'}"]
     lines += [f"  {b.count} sequences of {b.context} tokens given + {b.new} new" for b in kept]
-    lines.append(f"  {'':18}{'sequences':>10}{'generated':>12}{'forward tokens':>16}{'PFLOP':>9}{'floor':>11}{'expected':>11}")
-    phases = step_phases(cfg, config, gpu, world)
-    whole = Phase("step", 0, *(sum(p[i] for p in phases) for i in range(2, 7)))
-    for p in [*phases, whole]:
-        counts = f"{p.sequences or '':>10}{p.generated or '':>12}{p.tokens:>16}"
-        lines.append(f"  {p.name:18}{counts}{p.flops / 1e15:>9.3g}{p.floor:>9.1f} s{p.expected:>9.1f} s")
-    hours = steps * whole.expected / 3600
-    return [*lines, f"  {steps} steps: floor {steps * whole.floor / 3600:.1f} h, expected {hours:.1f} h"], hours
+    phases = step_phases(cfg, given)
+    step = Phase("step", 0, *(sum(p[i] for p in phases) for i in range(2, 7)))
+    table = [["", "sequences", "generated", "forward tokens", "PFLOP", "floor", "expected"]]
+    for p in [*phases, step]:
+        counts = [str(n or "") for n in p[1:4]]
+        table.append([p.name, *counts, f"{p.flops / 1e15:.3g}", f"{p.floor:.1f} s", f"{p.expected:.1f} s"])
+    floor, expected = (cfg.steps * s / 3600 for s in step[-2:])
+    return [*lines, aligned(table), f"{cfg.steps} steps: floor {floor:.1f} h, expected {expected:.1f} h"], expected
 
 
-def report(stages, config):
-    """The whole plan as text. stages: [(name, Config)] as load_config gives them; config: of the model. ValueError for a model
-    the arithmetic does not hold for."""
-    s, first = model_sizes(config), stages[0][1]
+def report(stages, given):
+    """The whole plan as text, see `arguments`. ValueError for a model the arithmetic does not hold for."""
+    config, gpu, world = given[:3]
+    s, cfg = model_sizes(config), widest(stages)
     if s.linear < 0.95 * s.layers * s.block:  # experts, convolutions, state spaces
         raise ValueError(f"model: {config.model_type!r} is not dense, there is no plan for it")
-    gpu, world, cfg = GPUS[first.plan_gpu], first.plan_gpus, longest_stage(stages)
     rates = f"{gpu.flops / 1e12:.0f} TFLOP/s, {gpu.memory} GiB, {gpu.bandwidth / 1e12:.3g} TB/s"
-    lines = [f"{first.init_from or first.model}: {s.params / 1e6:.2f} M parameters, on {world} x {gpu.name} ({rates})",
-             f"expected: at {MFU:.0%} of peak FLOP/s and {MBU:.0%} of bandwidth; these and all lengths are assumed (plan.py)"]
-    total = 0.0
-    for name, c, steps in planned(stages):
-        more, hours = stage_report(name, c, steps, config, gpu, world)
-        lines, total = lines + more, total + hours
-    lines.append(f"all stages: expected {total:.1f} h = {total * world:.3g} GPU hours")
-    awake, asleep = memory(cfg, config, gpu, world).values()
-    lines += ["", f"{f'GiB of {gpu.memory} a GPU':22}{'engine awake,':>16}{'engine asleep,':>16}",
-              f"{'':22}{'log-prob pass':>16}{'update':>16}"]
-    lines += [f"  {k:20}{awake[k] / GIB:>16.1f}{asleep[k] / GIB:>16.1f}" for k in awake]
+    stage_lines, hours = zip(*(stage_report(*stage, given) for stage in stages), strict=True)
+    awake, asleep = memory(cfg, given).values()
+    table = [[f"GiB of {gpu.memory} a GPU", "engine awake, log-prob pass", "engine asleep, update"]]
+    table += [[k, f"{awake[k] / GIB:.1f}", f"{asleep[k] / GIB:.1f}"] for k in awake]
     tokens, longest = round(awake["KV cache"] / s.kv_bytes), cfg.max_prompt_tokens + cfg.max_response_tokens
-    lines += [f"  KV cache: {tokens} tokens = {tokens // longest} sequences of {longest}", f"  micro_batch_tokens "
-              f"{cfg.micro_batch_tokens}, activation checkpointing {'on' if cfg.activation_checkpointing else 'off'}"]
-    one, peak, left = (b / 1e9 for b in disk(stages, config))
-    lines += ["", f"disk: {one:.3g} GB a checkpoint (12 B a parameter of state, 2 B of hf), {peak:.3g} GB at most, "
-              f"{left:.3g} GB at the end"]
-    return "\n".join([*lines, *(f"WARNING: {w}" for w in warnings(stages, config))])
+    one, most, left = (b / 1e9 for b in disk(stages, config))
+    return "\n".join([
+        f"{cfg.model}: {s.params / 1e6:.2f} M parameters, on {world} x {gpu.name} ({rates})",
+        f"expected: at {MFU:.0%} of peak FLOP/s and {MBU:.0%} of bandwidth; "
+        "these and all lengths are assumed (plan.py)",
+        *sum(stage_lines, []),
+        f"all stages: expected {sum(hours):.1f} h = {sum(hours) * world:.3g} GPU hours",
+        "", aligned(table),
+        f"KV cache: {tokens} tokens = {tokens // longest} sequences of {longest}",
+        f"micro_batch_tokens {cfg.micro_batch_tokens}, "
+        f"activation checkpointing {'on' if cfg.activation_checkpointing else 'off'}",
+        "", f"disk: {one:.3g} GB a checkpoint (12 B a parameter of state, 2 B of hf), "
+        f"{most:.3g} GB at most, {left:.3g} GB at the end",
+        *(f"WARNING: {w}" for w in warnings(stages, given)),
+    ])  # fmt: skip
 
 
-def print_plan(stages):
-    """What this config would cost, from the model's config.json alone. The toy has a shape before it has a folder."""
-    first = stages[0][1]
-    path = first.init_from or (first.toy_dir if first.model == "toy" else first.model)
-    unmade = path == first.toy_dir and not os.path.exists(f"{path}/config.json")
-    text = report(stages, toy.toy_config() if unmade else load_hf_config(path))
+def arguments(argv):
+    """Command line -> (stages with so many steps as max_steps leaves of them, Given). ValueError names the key."""
+    own = {"gpu": "h100", "gpus": "8", "response": "0"}
+    own |= dict(a.partition("=")[::2] for a in argv if a.split("=")[0] in own)
+    stages = load_config([a for a in argv if a.split("=")[0] not in own], usage=__doc__)
+    first, most = stages[0][1], min(c.max_response_tokens for _, c in stages)
+    for key, allowed in {"gpu": list(GPUS), "gpus": range(1, 1025), "response": range(most + 1)}.items():
+        if own[key] not in map(str, allowed):
+            names = ", ".join(allowed) if key == "gpu" else f"{allowed[0]} to {allowed[-1]}"
+            raise ValueError(f"{key}: must be one of {names}, got {own[key]!r}")
+    left = first.max_steps or math.inf
+    for _, cfg in stages:
+        if cfg.kind == "rl":
+            cfg.steps = min(cfg.steps, left)
+            left -= cfg.steps
+    path = toy.FOLDER if first.model == "toy" else first.model
+    unmade = path == toy.FOLDER and not os.path.exists(f"{path}/config.json")
+    config = toy.toy_config() if unmade else load_hf_config(path)  # the toy has a shape before it has a folder
+    return stages, Given(config, GPUS[own["gpu"]], int(own["gpus"]), int(own["response"]))
+
+
+def main(argv):
+    """Print the plan of a config."""
+    with one_line_errors():
+        text = report(*arguments(argv))
     if os.environ.get("RANK", "0") == "0":
         print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

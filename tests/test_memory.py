@@ -1,0 +1,148 @@
+"""lib/memory.py: arithmetic against hand-computed numbers, and against what torch counts and keeps on real models."""
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ROOT, ragged
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+
+from lib import memory
+from lib.config import load_config
+from lib.memory import forward_flops, model_sizes, trainer_memory, utilisation
+from lib.policy import PackedLM, pack, packed_length
+
+CONFIG_7B = str(ROOT / "configs/qwen2.5-math-7b.yaml")
+
+
+def qwen_7b(**changes):
+    """The shape of Qwen2.5-Math-7B."""
+    shape = {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+             "intermediate_size": 18944, "vocab_size": 152064, "max_position_embeddings": 4096}  # fmt: skip
+    return Qwen2Config(**shape | {"tie_word_embeddings": False} | changes)
+
+
+SMALL = {"vocab_size": 53, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": 1}  # fmt: skip
+DENSE = {
+    "qwen2": Qwen2Config(**SMALL, tie_word_embeddings=False),
+    "tied": Qwen2Config(**SMALL, tie_word_embeddings=True),
+    "llama": LlamaConfig(**SMALL, tie_word_embeddings=False),
+    "qwen3": Qwen3Config(**SMALL, head_dim=24, tie_word_embeddings=True),     # 4 heads of 24: not D / 4
+}
+
+
+def stage_1(**changes):
+    """The settings of stage 1 on the 7B."""
+    return replace(load_config(["--config", CONFIG_7B])[0][1], **changes)
+
+
+# -------------------------------------------------------------------------------------------------- FLOPs, parameters
+@pytest.mark.parametrize("name", DENSE)
+def test_forward_flops_are_those_torch_counts_on_the_packed_forward(name):
+    config = DENSE[name]
+    lm = AutoModelForCausalLM.from_config(config, attn_implementation="packed")
+    rows = ragged(5, 0, 53)
+    lengths = [packed_length(r) for r in rows]
+    # the plain attention kernel is two bmm a block, n x n: causal attention is n (n + 1) / 2 of them
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        PackedLM(lm, 16)(**pack(rows, "cpu"), temperature=1.0)
+    counts = {str(op).split(".")[-1]: n for op, n in counter.get_flop_counts()["Global"].items()}
+    heads = sum(len(r.response_ids) for r in rows)
+    causal = counts["bmm"] * sum(n * (n + 1) for n in lengths) // (2 * sum(n * n for n in lengths))
+    assert counts.keys() - {"addmm"} == {"mm", "bmm"}
+    assert forward_flops(config, lengths, heads) == counts["mm"] + counts.get("addmm", 0) + causal
+
+
+def test_flops_grow_with_the_right_power():
+    config = qwen_7b()
+    one, two = forward_flops(config, [500]), forward_flops(config, [500, 500])
+    assert two == 2 * one                                         # sequences do not see each other
+    pairs = 4 * 3584 * 28 * 500 * 500
+    assert forward_flops(config, [1000]) - two == pairs           # Q K^T and P V between the halves, 28 blocks
+    assert forward_flops(config, [500], 100) == one - 400 * 2 * 3584 * 152064
+    assert forward_flops(config, []) == 0
+
+
+def test_parameters_of_7b_by_hand():
+    s = model_sizes(qwen_7b())
+    products = 2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944               # q and o, k and v, the MLP's three
+    assert s.linear == 28 * products
+    assert s.block == products + 3584 + 2 * 512 + 2 * 3584                       # biases of q, k, v; two norms
+    assert s.root == 2 * 152064 * 3584 + 3584
+    assert s.params == 28 * s.block + s.root == 7_615_616_512
+    assert s.kv_bytes == 2 * 28 * 512 * 2
+
+
+def test_a_tied_head_is_one_parameter_and_a_product_all_the_same():
+    s, tied = model_sizes(DENSE["qwen2"]), model_sizes(DENSE["tied"])
+    assert s.params - tied.params == s.head == tied.head == 53 * 64
+    assert forward_flops(DENSE["qwen2"], [9]) == forward_flops(DENSE["tied"], [9])
+
+
+def test_utilisation_by_hand(monkeypatch):
+    """3 forwards, a second and rank; of a peak only where the GPU is known."""
+    lengths, config = [50, 70], DENSE["qwen2"]
+    flops = 3 * forward_flops(config, lengths, 90) / 4.0 / 2
+    monkeypatch.setattr(memory, "peak_flops", lambda: 0)
+    assert utilisation(config, lengths, 90, 4.0, 2) == {"perf/tflops": flops / 1e12, "perf/trained_throughput": 90 / 8}
+    monkeypatch.setattr(memory, "peak_flops", lambda: 989e12)
+    assert utilisation(config, lengths, 90, 4.0, 2)["perf/mfu"] == flops / 989e12
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+def saved_bytes(lm, rows):
+    """Bytes that autograd keeps of one packed forward for the backward, parameters excepted, every storage once."""
+    kept, own = {}, {p.untyped_storage().data_ptr() for p in lm.parameters()}
+
+    def note(x):
+        kept[x.untyped_storage().data_ptr()] = x  # keeping x alive keeps the address its own
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        out = PackedLM(lm, 16)(**pack(rows, "cpu"), temperature=1.0)
+        assert out[0].requires_grad
+    return sum(x.untyped_storage().nbytes() for a, x in kept.items() if a not in own)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("layers", [2, 6])
+def test_activations_are_those_autograd_keeps(checkpointing, layers, monkeypatch):
+    shape = SMALL | {"num_hidden_layers": layers, "hidden_size": 128, "intermediate_size": 448}
+    config = Qwen2Config(**shape, tie_word_embeddings=True)
+    lm = AutoModelForCausalLM.from_config(config, attn_implementation="packed", dtype=torch.bfloat16)
+    if checkpointing:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+        lm.train()
+    rows = ragged(12, 1, 53, prompt=(1, 2), prefix=(0, 0), response=(100, 300))   # the head sees nearly all tokens
+    tokens = sum(packed_length(r) for r in rows)
+    cfg = stage_1(activation_checkpointing=checkpointing, micro_batch_tokens=tokens)
+    monkeypatch.setattr(memory, "HEAD_CHUNK", 10**6)
+    # so the largest moment is the head's backward, where all is saved and no block is repeated
+    planned = trainer_memory(cfg, config, 1)[1]["activations"]
+    if not checkpointing:  # on a CPU the sequences' attention outputs are put together in a second tensor
+        planned += layers * tokens * 2 * 128
+    assert saved_bytes(lm, rows) == pytest.approx(planned, rel=0.03)  # ids, positions: some 30 bytes a token
+
+
+@pytest.mark.parametrize("vocab, tokens, expected", [
+    # activations, logit chunks, gradient buffers by hand for D = 64, I = 160, Q = 64, KV = 32, 3 blocks
+    (4000, 500, lambda s: (500 * 64 * (8 + 3 * 2), 3 * 4 * 8 * 4000, 10 * s.head)),  # the head's backward
+    (53, 4096, lambda s: (4096 * (64 * (8 + 3 * 2 + 16 + 4 + 2) + 8 * 160), 0, 2 * s.head + 6 * s.block)),  # a block's
+    (4000, 100, lambda s: (0, 0, 6 * (2 * 4000 * 64 + 64))),  # the root's, untied
+])  # fmt: skip
+def test_the_update_peaks_at_the_largest_of_three_moments(vocab, tokens, expected, monkeypatch):
+    config = Qwen2Config(**SMALL | {"vocab_size": vocab}, tie_word_embeddings=False)
+    cfg = stage_1(micro_batch_tokens=tokens)
+    monkeypatch.setattr(memory, "HEAD_CHUNK", 8)
+    parts = trainer_memory(cfg, config, 1)[1]
+    assert tuple(parts[k] for k in ("activations", "logit chunks", "gradient buffers")) == expected(model_sizes(config))
+
+
+def test_what_is_sharded_halves_with_twice_the_gpus_and_the_rest_stays():
+    cfg = stage_1()
+    for few, many in zip(trainer_memory(cfg, qwen_7b(), 8), trainer_memory(cfg, qwen_7b(), 16), strict=True):
+        sharded = {k for k in few if few[k] == 2 * many[k] > 0}
+        assert sharded <= {"fp32 weights", "Adam moments", "gradients"} and len(sharded) >= 2
+        assert all(few[k] == many[k] for k in few.keys() - sharded)
