@@ -178,7 +178,7 @@ def minibatch_loss(run, cfg, method, mini, k, sums):
     n_tokens, n_loss_tokens = sum(len(r.response_ids) for r in mini.rows), mask_minibatch(cfg, method, mini, seed)
 
     def loss_fn(rows, logp, entropy):
-        """A micro-batch's share of the loss. logp, entropy (T,): of its response tokens, by the policy as it is."""
+        """A micro-batch's share of the loss. logp, entropy (T,): of its response tokens, by the present policy."""
         length = torch.tensor([len(r.response_ids) for r in rows], dtype=torch.long, device=logp.device)  # (n,)
         old = token_column(rows, lambda r: r.old_logp, logp.device)  # (T,)
         advantage = torch.tensor([r.advantage for r in rows], device=logp.device).repeat_interleave(length)

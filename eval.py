@@ -25,7 +25,7 @@ from lib import toy
 from lib.config import load_config
 from lib.data import BENCHMARKS, find_benchmark, grader
 from lib.engine import Sampling, request_seed
-from lib.files import aligned, read_json, replace_file, sha256
+from lib.files import aligned, model_hash, read_json, replace_file
 from lib.policy import compute_dtype
 from lib.pool import unread_golds
 from lib.ranks import end_group, everywhere, gather, leave, one_line_errors, timed
@@ -65,8 +65,7 @@ def majority(samples):
 
 def summary(rows, n):
     """The eval/* numbers of graded rows (see sample), n samples each. eval/stderr is of avg@n over problems: their
-    standard deviation (n - 1) / sqrt(problems), nan for one; timeout, crash and parse_fail count samples; length is in
-    tokens."""
+    standard deviation (n - 1) / sqrt(problems). Counts are of samples, length is in tokens."""
     samples = [s for r in rows for s in r["samples"]]
     right = [sum(s["correct"] for s in r["samples"]) for r in rows]
     avg = np.array(right) / n
@@ -86,9 +85,8 @@ def summary(rows, n):
 
 
 def sample(cfg, engine, task, prompts, step):
-    """eval_n graded responses of each of this rank's prompts -> [{id, prompt, gold, samples: [{correct, answer,
-    finish, text, ids}]}]. Every prompt has its own seed: neither ranks, chunks nor an interruption change the
-    noise."""
+    """eval_n graded responses of each of this rank's prompts -> rows {id, prompt, gold, samples: [{correct, answer,
+    finish, text, ids}]}. Every prompt has a seed of its own: neither ranks nor an interruption change the noise."""
     seeds = [request_seed(cfg.seed, task.stage, step, p.id, -1) for p in prompts]
     sampling = Sampling(cfg.max_response_tokens, cfg.eval_temperature, cfg.eval_top_p)
     answers = engine.generate([p.ids for p in prompts], cfg.eval_n, sampling, seeds)
@@ -107,16 +105,16 @@ def evaluate(cfg, engine, policy, task, step, regions=None, rows=None, save=None
     """Sample eval_n responses of every prompt of task, sharded over the ranks, and grade them -> eval/* numbers, the
     same on every rank. With a policy: also eval/entropy (see entropies). A collective.
 
-    rows: what an interrupted evaluation already has, extended in place. save(new rows): called on every rank after a
-    chunk of 4 engine_rows samples a rank on a GPU, engine_rows on a CPU; without it there is one chunk."""
+    rows: what an interrupted evaluation already has, extended in place. save(new rows): called on every rank after
+    engine_rows samples a rank, 4 engine_rows on a GPU. Without it all is one chunk."""
     rank, world, seconds = dist.get_rank(), dist.get_world_size(), {}
     rows = [] if rows is None else rows
     with timed(seconds, "eval"):
         done = {r["id"] for r in rows}
         todo = [p for p in task.prompts if p.id not in done]
-        rows_here = cfg.engine_rows * (4 if torch.cuda.is_available() else 1)
-        size = world * max(1, rows_here // cfg.eval_n) if save else len(todo)
-        for start in range(0, len(todo), max(1, size)):
+        many = cfg.engine_rows * (4 if torch.cuda.is_available() else 1)
+        size = world * max(1, many // cfg.eval_n) if save else max(1, len(todo))
+        for start in range(0, len(todo), size):
             new = gather(sample(cfg, engine, task, todo[start : start + size][rank::world], step))
             new.sort(key=lambda r: r["id"])
             rows += new
@@ -133,8 +131,7 @@ def entropies(cfg, policy, task, rows, regions=None):
     """{eval/entropy: nats}, the policy's entropy at the sampling temperature (top_p does not enter), token mean over
     all responses, by the trained model's forward. A collective.
 
-    regions: optional text -> {name: per-character bools}, for character-level tokenizers: the toy's split of the
-    entropy."""
+    regions: optional text -> {name: per-character bools}, for the toy's character-level tokenizer."""
     prompt_ids = {p.id: p.ids for p in task.prompts}
     mine = [(r["id"], s) for r in rows[dist.get_rank() :: dist.get_world_size()] for s in r["samples"]]
     scored = policy.score_local([Rollout(prompt_ids[i], [], s["ids"]) for i, s in mine], cfg.eval_temperature or 1.0)
@@ -198,16 +195,6 @@ def results_table(results):
         lines.append([name, *("" if r.get(k) is None else f"{r[k]:{form}}" for k, form in columns.values())])
         means.append(r["avg"])
     return aligned(lines) + (f"\nmean of {len(means)}: {np.mean(means):.3f}" if len(means) > 1 else "")
-
-
-def model_hash(path):
-    """SHA-256 over names and SHA-256 sums of the weights and config.json of a folder, or of a hub id's local copy."""
-    if not os.path.isdir(path):
-        from huggingface_hub import snapshot_download
-
-        path = snapshot_download(path, allow_patterns=["*.safetensors", "config.json"], local_files_only=True)
-    files = sorted(f for f in os.listdir(path) if f.endswith(".safetensors") or f == "config.json")
-    return hashlib.sha256("".join(f"{sha256(f'{path}/{f}')}  {f}\n" for f in files).encode()).hexdigest()
 
 
 def open_results(run, report):

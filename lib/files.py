@@ -37,6 +37,15 @@ def sha256(path):
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def model_hash(path):
+    """SHA-256 over names and SHA-256 sums of the weights and config.json of a folder, or of a hub id's local copy."""
+    if not os.path.isdir(path):
+        from huggingface_hub import snapshot_download
+        path = snapshot_download(path, allow_patterns=["*.safetensors", "config.json"], local_files_only=True)
+    files = sorted(f for f in os.listdir(path) if f.endswith(".safetensors") or f == "config.json")
+    return hashlib.sha256("".join(f"{sha256(f'{path}/{f}')}  {f}\n" for f in files).encode()).hexdigest()
+
+
 def code_hashes(*more):
     """What a run's code is: {file: the first 16 hex digits of its SHA-256} of the scripts, of lib and of the paths in
     `more`, such as the method's file. Names are relative to the folder of the scripts."""

@@ -133,8 +133,8 @@ def announce(run):
     for name, cfg in run.stages:
         size, per_step, per_mini = cfg.group_size, cfg.prompts_per_step, cfg.prompts_per_minibatch
         what = f"rows × {cfg.steps} steps of sft" if cfg.kind == "sft" else (
-            f"prompts × {size} = {per_step * size} rollouts (n1 {cfg.n1}, n2 {cfg.n2}) in {per_step // per_mini} "
-            f"minibatches of {per_mini} × {size} = {per_mini * size} / {run.world} ranks, {cfg.steps} steps")  # fmt: skip
+            f"prompts × {size} = {per_step * size} rollouts (n1 {cfg.n1}, n2 {cfg.n2}) in {per_step // per_mini} mini"
+            f"batches of {per_mini} × {size} = {per_mini * size} / {run.world} ranks, {cfg.steps} steps")  # fmt: skip
         run.print(f"{name}: {per_step} {what}")
 
 
@@ -240,8 +240,8 @@ def load_tasks(run, stages, train):
             run.heldout[name] = Task("eval", prompts, None, run.tokenizer, None, pool, own or cfg.verifier)
             self_test(own or cfg.verifier, pool)
         if train and cfg.kind == "rl" and cfg.verifier == "math_verify":
-            run.print(f"WARNING: verifier=math_verify in training (stage {name}): restatements earn reward, 2^{{10}} for "
-                      "1024 or the question's own sum for its value. dapo and boxed compare text")  # fmt: skip
+            run.print(f"WARNING: verifier=math_verify in training (stage {name}): restatements earn reward, 2^{{10}} "
+                      "for 1024 or the question's own sum for its value. dapo and boxed compare text")  # fmt: skip
 
 
 def fit_context(run, stages, train):

@@ -16,7 +16,17 @@ from hypothesis import strategies as st
 import cure
 from lib.config import Config
 from lib.memory import engine_share
-from lib.policy import Policy, bins, compute_dtype, load_hf_config, load_lm, load_tokenizer, pack, packed_length, partition
+from lib.policy import (
+    Policy,
+    bins,
+    compute_dtype,
+    load_hf_config,
+    load_lm,
+    load_tokenizer,
+    pack,
+    packed_length,
+    partition,
+)
 from lib.ranks import gather
 from loss import group_advantages, policy_loss, token_weights
 from rollout import Rollout

@@ -2,9 +2,9 @@
 
     python -m tools.walkthrough --config configs/toy.yaml [script=mine.py] [key=value …]
 
-It is the step of the script itself: this tool puts a window around the script's own functions and prints what goes in and
-what comes out. It computes nothing that the step does not. No file is written.
-Symbols as in cure.py and loss.py: P prompts · n1, n2, G = n1 (1 + n2) · N rollouts · T response tokens of a micro-batch.
+It is the step of the script itself: this tool puts a window around the script's own functions and prints what goes in
+and what comes out. It computes nothing that the step does not. No file is written. Symbols as in cure.py and loss.py:
+P prompts · n1, n2, G = n1 (1 + n2) · N rollouts · T response tokens of a micro-batch.
 """
 
 import importlib.util
@@ -42,27 +42,33 @@ def window(module, name, show):
 
 def walk(script, run):
     """Take the first training step of the first stage, with windows on its functions -> its metrics. A collective."""
-    (stage, cfg), say = run.stages[0], run.print
+    (stage, cfg), say, seen = run.stages[0], run.print, {}
     run.state.update(stage=stage, stage_step=1, step=1)
     run.engine.sleep()
     run.refresh()
-    weights = [w.clone() for _, w in zip(range(1), (w for _, w in run.policy.named_full(torch.float32)))]
-
-    def after_update(m, *_):
-        say("\n== 5. optimizer steps, one a minibatch (cure.optimizer_steps, lib/policy.py Policy.update)")
-        say(f"{m['actor/minibatches']} steps, lr {m['actor/lr']:g}, mean gradient norm {m['actor/grad_norm']:.4f} (over "
-            f"1 it is scaled down), clipped tokens {m['actor/pg_clipfrac']:.4f}")  # fmt: skip
-        name, now = next(run.policy.named_full(torch.float32))
-        say(f"{name} {tuple(now.shape)}, first numbers {rounded(weights[0][-1, :4], 6)} -> {rounded(now[-1, :4], 6)}, "
-            f"the largest change of all {(now - weights[0]).abs().max():.1e}")  # fmt: skip
-
+    before = next(run.policy.named_full(torch.float32))[1].clone()
+    method = run.tasks[stage].method
     window(script, "collect", lambda out, *_: show_samples(run, cfg, out))
-    window(script, "cut_minibatches", lambda out, *_: show_cut(say, out))
-    window(script, "compare_with_engine", lambda gap, *_: say(
-        f"trainer against engine: mean |d| {gap['mean_abs']:.1e}, max |d| {gap['max_abs']:.1e}, k3 {gap['k3']:.1e} nats"))
+    window(script, "cut_minibatches", lambda out, *_: show_cut(say, out, seen))
+    window(script, "compare_with_engine", lambda gap, *_: show_gap(say, gap))
     window(script, "set_advantages", lambda _, method, rows: show_advantages(say, rows[: cfg.group_size]))
-    show_losses(script, run, run.tasks[stage].method)
-    window(script, "optimizer_steps", after_update)
+    window(method, "policy_loss", lambda out, *args: seen.update(args=args, loss=out[0], flags=out[1]))
+    window(script, "token_weights", lambda out, *_: seen.update(weight=out))
+    window(script, "optimizer_steps", lambda m, *_: show_update(run, m, before))
+    make = script.minibatch_loss
+
+    def minibatch_loss(run, cfg, method, mini, k, sums):
+        loss_fn, shown = make(run, cfg, method, mini, k, sums), []
+
+        def watched(rows, logp, entropy):
+            share = loss_fn(rows, logp, entropy)
+            if not shown and rows:
+                shown.append(show_loss(run, k, rows, share, seen))
+            return share
+
+        return watched if k in (0, seen["minibatches"] - 1) else loss_fn  # the first and the last
+
+    script.minibatch_loss = minibatch_loss
     m = script.train_step(run, cfg, run.tasks[stage])
     if "train/empty_steps" in m:
         say("no group has right and wrong answers: nothing to learn from in this step")
@@ -95,7 +101,8 @@ def show_samples(run, cfg, sampled):
         say(f"H ({len(base.entropy)},), nats: {rounded(base.entropy, 2)}")
         pool = [f"{t} {text([base.response_ids[t]])!r} {base.entropy[t]:.2f}" for t in base.candidates[:10]]
         kind = " of highest H" if cfg.critical == "entropy" else ""
-        say(f"{len(base.candidates)} valid positions{kind}, the first {len(pool)} (position, token, H): " + ", ".join(pool))
+        say(f"{len(base.candidates)} valid positions{kind}, the first {len(pool)} (position, token, H): "
+            + ", ".join(pool))  # fmt: skip
         say(f"t* = {b.t_star}: refined prompt {text(b.prompt_ids + b.prefix_ids)!r}, "
             f"{len(b.prompt_ids)} + {len(b.prefix_ids)} ids")  # fmt: skip
     for i, r in enumerate(group):
@@ -104,67 +111,53 @@ def show_samples(run, cfg, sampled):
             say(f"{i:3} {kind:18} {len(r.response_ids):3} tokens, {r.finish:6} {r.text!r} -> {r.reward:+g}")
 
 
-def show_cut(say, minibatches):
+def show_cut(say, minibatches, seen):
+    seen["minibatches"] = len(minibatches)
+    cut = [[[len(micro) for micro in rank] for rank in mini.cut] for mini in minibatches]
     say("\n== 2. minibatches and old log-probs (cure.cut_minibatches, cure.score, cure.compare_with_engine)")
-    say(f"rollouts in [minibatch][rank][micro-batch]: {[[[len(x) for x in rank] for rank in m.cut] for m in minibatches]}")
+    say(f"rollouts in [minibatch][rank][micro-batch]: {cut}")
+
+
+def show_gap(say, gap):
+    mean, largest, k3 = (f"{gap[key]:.1e}" for key in ("mean_abs", "max_abs", "k3"))
+    say(f"trainer against engine: mean |d| {mean}, max |d| {largest}, k3 {k3} nats")
 
 
 def show_advantages(say, group):
     say("\n== 3. advantages (cure.set_advantages, loss.group_advantages)")
-    scores = [r.reward for r in group]
-    say(f"scores of the group: {[int(s) if s == int(s) else s for s in scores]}")
-    for r in sorted({(r.reward, r.advantage) for r in group}, reverse=True):
-        say(f"score {r[0]:g} -> advantage {r[1]:.4f}")
+    say(f"scores of the group: {[int(r.reward) if r.reward == int(r.reward) else r.reward for r in group]}")
+    for score, advantage in sorted({(r.reward, r.advantage) for r in group}, reverse=True):
+        say(f"score {score:g} -> advantage {advantage:.4f}")
 
 
-def show_losses(script, run, method):
-    """Windows on the loss: the first micro-batch of the first and of the last minibatch, from log-probs to one number."""
-    make, policy_loss, token_weights, seen = script.minibatch_loss, method.policy_loss, script.token_weights, {}
-
-    def see_loss(logp, old, advantage, entropy, rows, *clips):
-        loss, flags = policy_loss(logp, old, advantage, entropy, rows, *clips)
-        seen.update(logp=logp, old_logp=old, advantage=advantage, loss=loss, clipped=flags["pg_clipfrac"])
-        return loss, flags
-
-    def see_weights(*args):
-        seen["weight"] = token_weights(*args)
-        return seen["weight"]
-
-    def minibatch_loss(run, cfg, method, mini, k, sums):
-        loss_fn, shown = make(run, cfg, method, mini, k, sums), []
-
-        def watched(rows, logp, entropy):
-            loss = loss_fn(rows, logp, entropy)
-            if not shown and rows:
-                shown.append(show_loss(run, k, rows, loss, seen))
-            return loss
-
-        return watched if k in (0, run.walk_last) else loss_fn
-
-    def cut_minibatches(*args):
-        out = cut(*args)
-        run.walk_last = len(out) - 1
-        return out
-
-    cut, script.cut_minibatches = script.cut_minibatches, cut_minibatches
-    script.minibatch_loss, method.policy_loss, script.token_weights = minibatch_loss, see_loss, see_weights
-
-
-def show_loss(run, k, rows, loss, seen):
-    say = run.print
+def show_loss(run, k, rows, share, seen):
+    """One micro-batch of minibatch k, from the packed row to its share of the loss."""
+    say, (logp, old, advantage, *_), weight = run.print, seen["args"], seen["weight"]
     if k == 0:
         say("\n== 4. the loss of one micro-batch (policy.pack, loss.policy_loss, loss.token_weights)")
         for key, value in pack(rows, run.device, run.policy.bucket).items():
-            tensor = torch.is_tensor(value)
-            say(f"{key:13}" + (f"{tuple(value.shape)!s:11}{value.flatten()[:14].tolist()} ..." if tensor else f"{value}"))
+            shown = value
+            if torch.is_tensor(value):
+                shown = f"{tuple(value.shape)!s:11}{value.flatten()[:14].tolist()} ..."
+            say(f"{key:13}{shown}")
     else:
         say(f"and of a micro-batch of minibatch {k}, after {k} optimizer step{'s' * (k > 1)}:")
-    for key in ("logp", "old_logp", "advantage", "loss"):
-        say(f"{key:13}{tuple(seen[key].shape)!s:11}{rounded(seen[key][:8], 4)} ...")
-    ratio, w = (seen["logp"] - seen["old_logp"]).detach().exp(), seen["weight"]
-    say(f"ratio        {ratio.min():.4f} to {ratio.max():.4f}, clipped {int(seen['clipped'].sum())} of {len(ratio)} tokens; "
-        f"weight of a token {w[0]:.3e} = 1 / {1 / w[0]:.0f}")  # fmt: skip
-    say(f"the micro-batch's share of the loss {loss.item():+.6f}")
+    for key, values in (("logp", logp), ("old_logp", old), ("advantage", advantage), ("loss", seen["loss"])):
+        say(f"{key:13}{tuple(values.shape)!s:11}{rounded(values[:8], 4)} ...")
+    ratio, clipped = (logp - old).detach().exp(), int(seen["flags"]["pg_clipfrac"].sum())
+    say(f"ratio        {ratio.min():.4f} to {ratio.max():.4f}, clipped {clipped} of {len(ratio)} tokens; "
+        f"weight of a token {weight[0]:.3e} = 1 / {1 / weight[0]:.0f}")  # fmt: skip
+    say(f"the micro-batch's share of the loss {share.item():+.6f}")
+
+
+def show_update(run, m, before):
+    """The step's metrics, and what became of the first parameter."""
+    say, (name, now) = run.print, next(run.policy.named_full(torch.float32))
+    say("\n== 5. optimizer steps, one a minibatch (cure.optimizer_steps, lib/policy.py Policy.update)")
+    say(f"{m['actor/minibatches']} steps, lr {m['actor/lr']:g}, mean gradient norm {m['actor/grad_norm']:.4f} "
+        f"(over 1 it is scaled down), clipped tokens {m['actor/pg_clipfrac']:.4f}")  # fmt: skip
+    say(f"{name} {tuple(now.shape)}, first numbers {rounded(before[-1, :4], 6)} -> {rounded(now[-1, :4], 6)}, "
+        f"the largest change of all {(now - before).abs().max():.1e}")  # fmt: skip
 
 
 def main(argv):
