@@ -75,6 +75,13 @@ def test_every_command_line_of_the_docs_names_what_is_there():
             assert key in known or key == "method_args", f"{key}: {line}"
 
 
+def test_every_test_that_the_list_of_promises_names_is_there():
+    there = {n for p in (ROOT / "tests").glob("*.py") for n in re.findall(r"def (test_\w+)", p.read_text())}
+    named = re.findall(r"`(test_\w+)(…?)`", (ROOT / "tests/README.md").read_text())
+    missing = [n for n, cut in named if not any(t == n or cut and t.startswith(n) for t in there)]
+    assert named and not missing
+
+
 def glossary():
     """Metric names of the glossary's first column."""
     table = DOCS["glossary"][DOCS["glossary"].index("| metric |"):]
