@@ -43,6 +43,8 @@ def load_method(cfg, hooks):
         raise ValueError(f"method: {path} has none of the functions {', '.join(hooks)}")
     if "survey_minibatch" in own and cfg.entropy_mask_rho < 1:
         raise ValueError(f"method: {path} and entropy_mask_rho {cfg.entropy_mask_rho} both choose tokens: take one")
+    if "token_mask" in own and cfg.entropy_mask_scope == "micro":
+        raise ValueError(f"entropy_mask_scope: micro counts the tokens of the 80/20 mask, {path} has a mask of its own")
     known = {}
     for name, function in own.items():
         known |= settings_of(path, function, hooks[name])
