@@ -1,4 +1,4 @@
-"""data.py: what is read, what is dropped and counted, what the model sees, in which order, and the toy."""
+"""lib/data.py and lib/toy.py: what is read, dropped and counted, what the model sees, in which order, and the toy."""
 import json
 import os
 import random
@@ -585,7 +585,7 @@ def test_toy_is_made_the_same_twice_and_leaves_random_states_alone(tmp_path):
 
 def test_toy_dir_that_cannot_be_made_names_its_key(tmp_path):
     (tmp_path / "file").write_text("")
-    fails("^toy_dir: ", make_toy, str(tmp_path / "file"), n_train=1, n_heldout=1, n_sft=1)
+    fails("^model: toy: cannot make the folder ", make_toy, str(tmp_path / "file"), n_train=1, n_heldout=1, n_sft=1)
 
 
 # ---------------------------------------------------------------------------------------------------------- real files

@@ -5,6 +5,7 @@ import os
 import re
 import resource
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import reward
-from lib.pool import ALARM_MARGIN_S, VerifierPool, Worker, literals_only
+from lib.pool import ALARM_MARGIN_S, COUNTS, VerifierPool, Worker, literals_only, unread_golds
 from reward import INVALID, normalise, overlong_penalty, self_test, verdict
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -269,8 +270,9 @@ def pool():
 
 
 EQUAL = [
-    (r"\boxed{34}", "34"), (r"\boxed{12}, so \boxed{34}", "34"), (r"\boxed{0.5}", r"\frac{1}{2}"), (r"\boxed{x(x+1)}", "x^2+x"),
-    (r"\boxed{\frac{2}{4}}", r"\boxed{\frac12}"), (r"\boxed{(1, 2)}", "(1,2)"), (r"\boxed{2^{10}}", "1024"),
+    (r"\boxed{34}", "34"), (r"\boxed{12}, so \boxed{34}", "34"), (r"\boxed{0.5}", r"\frac{1}{2}"),
+    (r"\boxed{x(x+1)}", "x^2+x"), (r"\boxed{\frac{2}{4}}", r"\boxed{\frac12}"), (r"\boxed{(1, 2)}", "(1,2)"),
+    (r"\boxed{2^{10}}", "1024"),
 ]  # fmt: skip
 UNEQUAL = [
     (r"\boxed{35}", "34"), (r"\boxed{-x}", "x"), (r"\boxed{(2, 1)}", "(1,2)"), (r"\boxed{34}, no, \boxed{12}", "34"),
@@ -287,14 +289,17 @@ def test_math_verify_judges_the_same_in_this_process_and_in_the_pool(pool):
 
 
 GOLDS = [  # what math-verify alone would judge otherwise, from real golds: (response, gold, right)
-    (r"\boxed{4.5 \times 10^{33}}", "4.5e33", True), (r"\boxed{4.5e33}", "4.5e33", True), (r"\boxed{4.5e32}", "4.5e33", False),
+    (r"\boxed{4.5 \times 10^{33}}", "4.5e33", True), (r"\boxed{4.5e33}", "4.5e33", True),
+    (r"\boxed{4.5e32}", "4.5e33", False),
     (r"\boxed{\sin(\pi)}", "0", True), (r"\boxed{\sqrt2\sqrt2-2}", "0", True), (r"\boxed{10^{-9}}", "0", False),
     ("step \\boxed{3}.\nAnswer: 5", "5", True), ("Answer: 5, so \\boxed{3}", "5", False),
-    ("\\boxed{44}.\n\nWe may check our answer: $17\\cdot 44 = 748$, so our answer is correct.", "44", True),  # MATH500, row 448
+    # MATH500, row 448
+    ("\\boxed{44}.\n\nWe may check our answer: $17\\cdot 44 = 748$, so our answer is correct.", "44", True),
     ("\\boxed{3}?\n\n**Final Answer: 5**", "5", True), ("we find the answer: 5", "5", True),
     ("an open \\boxed{3 first.\nAnswer: 5", "5", True), (r"Answer: $\boxed{5}$", "5", True),
     (r"\boxed{10^{-5}}", "1e-5", True), (r"\boxed{1.04\cdot10^{-3} \text{ cm}}", "1.04e-3", True),
-    (r"\boxed{0}", "1.325e-27", False), (r"\boxed{2.88e-19}", "1.325e-27", False), (r"\boxed{1.3251e-27}", "1.325e-27", True),
+    (r"\boxed{0}", "1.325e-27", False), (r"\boxed{2.88e-19}", "1.325e-27", False),
+    (r"\boxed{1.3251e-27}", "1.325e-27", True),
     (r"\boxed{-\frac13}", "-1./3", True), (r"\boxed{\frac13}", "-1./3", False),
     (r"\boxed{\arcsin(10/13)}", "np.arcsin(10/13)", True),
     (r"\boxed{\frac tm}", r"\frac{1}{m} t", True), (r"\boxed{\frac{c}{\sqrt 2}}", r"\frac{1}{\sqrt{2}}c", True),
@@ -312,7 +317,9 @@ def test_golds_as_the_benchmarks_write_them(text, gold, right):
     assert verdict(text, gold, "math_verify")[1] is right
 
 
-@pytest.mark.parametrize("answer", ["73", "073", "(73)", "73.0", r"\textbf{(073)}", r"\mathbf{73}", "x = 73", r"73^\circ"])
+@pytest.mark.parametrize(
+    "answer", ["73", "073", "(73)", "73.0", r"\textbf{(073)}", r"\mathbf{73}", "x = 73", r"73^\circ"]
+)
 def test_an_integer_may_be_written_like_this(answer):
     assert verdict(rf"\boxed{{{answer}}}", "73", "integer")[1]
 
@@ -419,9 +426,10 @@ def check_hostile(texts, timeout_s, at_least_counted, canary):
         assert list(counts.values()) == [marks.count(m) for m in ("[TIMEOUT]", "[CRASH]", INVALID)]
         assert sum(counts.values()) >= at_least_counted and counts["reward/timeout"] > 0
         assert len(pool.seconds) == len(texts)
-        slowest, late = max(pool.seconds.values()), [texts[job] for job, s in pool.seconds.items() if s >= timeout_s + 1.0]
+        slowest = max(pool.seconds.values())
+        late = [texts[job] for job, s in pool.seconds.items() if s >= timeout_s + 1.0]
         print(f"{len(texts)} hostile answers: {counts}, slowest {slowest:.2f} s, {max(pool.peak_mb):.0f} MiB")
-        for _ in range(3 if late else 0):  # a machine busy with other work stretches any time: late is who is so every time
+        for _ in range(3 if late else 0):  # other work on the machine stretches any time: late is who is so every time
             pool.seconds.clear()
             pool.verdicts([(text, "34") for text in late], "math_verify")
             late = [late[job] for job, s in pool.seconds.items() if s >= timeout_s + 1.0]
@@ -468,7 +476,7 @@ def test_verdicts_keep_the_order_of_the_answers(pool):
 @pytest.mark.parametrize("verifier", reward.VERIFIERS)
 def test_an_empty_list_starts_no_worker(verifier):
     with VerifierPool() as pool:
-        assert pool.verdicts([], verifier) == ([], dict.fromkeys(reward.COUNTS, 0)) and not pool.workers
+        assert pool.verdicts([], verifier) == ([], dict.fromkeys(COUNTS, 0)) and not pool.workers
 
 
 def test_text_verifiers_start_no_worker_for_a_step_of_16384_rows():
@@ -560,6 +568,11 @@ def test_a_worker_that_never_gets_ready_is_an_error(monkeypatch):
         pool.verdicts([(r"\boxed{1}", "1")], "math_verify")
 
 
+def test_golds_that_are_no_mathematics_are_named(pool):
+    golds = [(3, "5"), (4, "$t(0,4]$"), (7, "x=5"), (9, "")]
+    assert unread_golds(golds, pool) == [(4, "$t(0,4]$"), (9, "")]
+
+
 @pytest.fixture
 def start_worker():
     started = []
@@ -578,13 +591,13 @@ def start_worker():
 
 def test_a_worker_ends_when_its_stdin_does(start_worker):
     worker = start_worker(5.0)
-    out, _ = worker.communicate(json.dumps([r"\boxed{34}", "34"]) + "\n", timeout=10)
+    out, _ = worker.communicate(json.dumps([r"\boxed{34}", "34", "math_verify"]) + "\n", timeout=10)
     assert json.loads(out) == [*RIGHT, "34"] and worker.returncode == 0
 
 
 def test_an_idle_worker_waits_without_an_alarm_and_prints_nothing_but_verdicts(start_worker):
     worker = start_worker(0.1)
-    worker.stdin.write(json.dumps([r"\boxed{34}", "34"]) + "\n")
+    worker.stdin.write(json.dumps([r"\boxed{34}", "34", "math_verify"]) + "\n")
     worker.stdin.flush()
     assert json.loads(worker.stdout.readline()) == [*RIGHT, "34"]
     assert not select.select([worker.stdout], [], [], 0.1 + ALARM_MARGIN_S + 0.5)[0], "it ended"
@@ -595,7 +608,7 @@ def test_an_idle_worker_waits_without_an_alarm_and_prints_nothing_but_verdicts(s
 def test_a_worker_lost_in_a_power_tower_ends_by_its_own_alarm(start_worker):
     worker = start_worker(0.2)
     start = time.monotonic()
-    worker.communicate(json.dumps([TOWER, "34"]) + "\n", timeout=30)
+    worker.communicate(json.dumps([TOWER, "34", "math_verify"]) + "\n", timeout=30)
     assert worker.returncode == -signal.SIGALRM and time.monotonic() - start < 0.2 + 2.0
 
 
@@ -616,7 +629,7 @@ def test_sending_to_a_dead_worker_and_replies_in_pieces_are_no_trouble():
 
 PARENT = """
 import sys
-from lib.pool import ALARM_MARGIN_S, VerifierPool, Worker, literals_only
+from lib.pool import VerifierPool
 class Noisy(VerifierPool):
     def _on_event(self, pipe, worker, *args):
         super()._on_event(pipe, worker, *args)
@@ -676,3 +689,60 @@ def test_self_test_refuses_a_verifier_that_says_always_wrong_or_always_right(ver
         message = rf"verifier '{verifier}' misjudged '.*' against gold '.*': it read '34' and said {said}"
         with pytest.raises(RuntimeError, match=message):
             self_test(verifier, Stuck())
+
+
+def test_a_verifier_without_a_self_test_is_refused_by_what_is_missing(monkeypatch, pool):
+    right, wrong = ("34", "34", True), ("35", "34", False)
+    monkeypatch.setitem(reward.VERIFIERS, "mine", lambda text, gold: (text == gold, text))
+    says = "verifier: mine has no self-test: add right and wrong answers to reward.SELF_TEST"
+    for cases in (None, (), (right, right), (wrong,)):  # one that is never right, or always, must not pass
+        if cases is not None:
+            monkeypatch.setitem(reward.SELF_TEST, "mine", cases)
+        with pytest.raises(ValueError) as caught:
+            self_test("mine", pool)
+        assert str(caught.value) == says
+    monkeypatch.setitem(reward.SELF_TEST, "mine", (right, wrong))
+    self_test("mine", pool)
+
+
+NEW_VERIFIER = """
+
+def last_number(text, gold):
+    answer = [INVALID, *re.findall(r"-?[0-9]+", text)][-1]
+    return answer == gold, answer
+
+
+VERIFIERS["last_number"] = last_number
+"""
+NEW_SELF_TEST = 'SELF_TEST["last_number"] = (("so 34.", "34", True), ("34 or 35", "34", False))\n'
+NEW_RUN = """
+from lib.config import load_config
+from lib.pool import VerifierPool
+from reward import self_test
+(_, cfg), = load_config(["verifier=last_number", "data=x.jsonl"])
+with VerifierPool(workers=1, timeout_s=20.0) as pool:
+    self_test(cfg.verifier, pool)
+    print(pool.verdicts([("it is 7", "7"), ("7 or 8", "7")], cfg.verifier)[0], len(pool.workers))
+"""
+
+
+@pytest.mark.parametrize(
+    "added, workers, error",
+    [
+        (NEW_VERIFIER + NEW_SELF_TEST, 0, None),
+        (NEW_VERIFIER + NEW_SELF_TEST + 'IN_WORKERS.add("last_number")\n', 1, None),
+        (NEW_VERIFIER, 0, "verifier: last_number has no self-test"),
+        (NEW_VERIFIER.replace("gold, answer", "gold[:1], answer") + NEW_SELF_TEST, 0, "misjudged 'so 34.'"),
+    ],
+    ids=["in this process", "in workers", "no self-test", "misjudged"],
+)
+def test_a_new_verifier_is_a_function_and_two_entries_in_reward_py(added, workers, error, tmp_path):
+    skip = shutil.ignore_patterns(".*", "__pycache__", "runs", "tests", "docs")
+    shutil.copytree(ROOT, tmp_path / "fork", ignore=skip)
+    with open(tmp_path / "fork/reward.py", "a") as file:
+        file.write(added)
+    done = subprocess.run([sys.executable, "-c", NEW_RUN], cwd=tmp_path / "fork", capture_output=True, text=True)
+    if error:
+        assert done.returncode == 1 and error in done.stderr
+    else:
+        assert done.stdout == f"{[(*RIGHT, '7'), (*WRONG, '8')]} {workers}\n", done.stderr
