@@ -7,13 +7,14 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib import data
-from lib.toy import make_toy, toy_problem, toy_regions
+from lib.toy import make_toy, make_toy_base, toy_problem, toy_regions
 from reward import last_boxed
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -586,6 +587,59 @@ def test_toy_is_made_the_same_twice_and_leaves_random_states_alone(tmp_path):
 def test_toy_dir_that_cannot_be_made_names_its_key(tmp_path):
     (tmp_path / "file").write_text("")
     fails("^model: toy: cannot make the folder ", make_toy, str(tmp_path / "file"), n_train=1, n_heldout=1, n_sft=1)
+
+
+@pytest.fixture
+def base(cpu, monkeypatch, tmp_path):
+    """make_toy_base() with a cure.py that trains nothing: what it ran, and what else it is to do or to return."""
+    base = SimpleNamespace(ran=[], also=lambda: None, returncode=0, folder=tmp_path / "runs/toy-base")
+
+    def run(argv, env):
+        base.ran.append((argv, env))
+        out = Path(argv[-1].removeprefix("out_dir="))
+        (out / "ckpt/step_000740/hf").mkdir(parents=True)
+        (out / "ckpt/step_000740/hf/model.safetensors").write_text("trained")
+        (out / "ckpt/latest").write_text("step_000740")
+        base.also()
+        return SimpleNamespace(returncode=base.returncode)
+
+    monkeypatch.setattr("lib.toy.subprocess.run", run)
+    monkeypatch.setattr("lib.toy.make_toy.__defaults__", (4, 4, 4, 0))
+    base.make = lambda: make_toy_base(SimpleNamespace(rank=0, print=lambda text: None), str(base.folder))
+    return base
+
+
+def test_the_toys_base_model_is_made_once_by_one_thread_of_no_group(base, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "1")
+    base.make()
+    base.make()
+    (argv, env), = base.ran
+    assert Path(argv[1]) == ROOT / "cure.py" and argv[3].endswith("configs/toy-base.yaml")
+    assert env["OMP_NUM_THREADS"] == "1" and not [k for k in env if "RANK" in k or "WORLD" in k or "TORCHE" in k]
+    assert (base.folder / "model.safetensors").read_text() == "trained"
+    names = {"config.json", "tokenizer.json", "train.jsonl", "heldout.jsonl", "sft.jsonl"}
+    assert names <= set(os.listdir(base.folder)) and os.listdir(base.folder.parent) == ["toy-base"]
+
+
+def test_a_base_model_that_cannot_be_made_is_one_line_and_leaves_nothing(base):
+    base.returncode = 1
+    fails("^model: the toy's base model could not be made in .*toy-base$", base.make)
+    assert os.listdir(base.folder.parent) == []
+    base.returncode = 0
+    base.also = lambda: (base.folder / "something else").mkdir(parents=True)
+    fails("^model: the toy's base model could not be made in .*toy-base$", base.make)
+    assert os.listdir(base.folder.parent) == ["toy-base"] and os.listdir(base.folder) == ["something else"]
+
+
+def test_of_two_runs_that_make_the_base_model_the_faster_one_wins(base):
+    def other():
+        base.folder.mkdir(parents=True)
+        (base.folder / "config.json").write_text("the other's")
+
+    base.also = other
+    base.make()
+    assert (base.folder / "config.json").read_text() == "the other's" and os.listdir(base.folder.parent) == ["toy-base"]
 
 
 # ---------------------------------------------------------------------------------------------------------- real files

@@ -1,20 +1,24 @@
-"""Are gold answers graded right and other answers wrong? No model: python -m tools.check_graders benchmarks=minerva:FILE.jsonl"""
+"""Are gold answers graded right and other answers wrong? No model is needed. Without an argument: all benchmarks.
 
+    python -m tools.check_graders benchmarks=minerva:FILE.jsonl,aime24
+"""
 
 import sys
 
-from lib import data
-from lib.data import BENCHMARKS, find_benchmark, grader
+from lib.data import BENCHMARKS, find_benchmark, grader, load_rows
 from lib.files import aligned
 from lib.pool import VerifierPool, unread_golds
 from lib.ranks import one_line_errors
 from reward import normalise
 
+COLUMNS = {"gold": "gold right", "solution": "solution right", "other": "other wrong", "read": "gold read"}
+
 
 def check_golds(rows, verifier, pool):
-    """What a grader makes of a benchmark (rows of data.load_rows) -> ({kind: "so many as it should be/of"}, [a line a failure]).
-    Right should be \\boxed{gold} ("gold") and a reference solution with a \\boxed ("solution"), wrong the gold of the next
-    problem that has another ("other"); "read": golds that are mathematics to math-verify."""
+    """What a grader makes of a benchmark (rows of load_rows) -> ({kind: "so many as it should be/of"}, [a line a
+    failure]). Kinds: \\boxed{gold} and a reference solution with a \\boxed should be right ("gold", "solution"), the
+    gold of the next problem that has another should be wrong ("other"). To math-verify golds should be mathematics
+    ("read")."""
     cases = {"gold": [(r, rf"\boxed{{{r['answer']}}}") for r in rows],
              "solution": [(r, r["solution"]) for r in rows if r"\boxed" in r["solution"]], "other": []}  # fmt: skip
     for i, r in enumerate(rows):
@@ -33,27 +37,21 @@ def check_golds(rows, verifier, pool):
     return shares, failures
 
 
-def check(argv):
-    """`eval.py check`: check_golds of each benchmark, as a table and a list of failures."""
-    if unknown := [a for a in argv if not a.startswith("benchmarks=")]:
-        raise ValueError(f"{unknown[0].split('=')[0]}: check takes benchmarks= and nothing else")
-    items = argv[-1].split("=", 1)[1].split(",") if argv else list(BENCHMARKS)
-    table, lines, kinds = [["benchmark", "grader", "problems", "gold right", "solution right", "other wrong", "gold read"]], [], (
-        "gold", "solution", "other", "read")  # fmt: skip
-    with VerifierPool(timeout_s=20.0) as pool:
+def main(argv):
+    """check_golds of each benchmark, printed as a table and a list of failures -> exit code."""
+    table, lines = [["benchmark", "grader", "problems", *COLUMNS.values()]], []
+    with one_line_errors(), VerifierPool(timeout_s=20.0) as pool:
+        if unknown := [a for a in argv if not a.startswith("benchmarks=")]:
+            raise ValueError(f"{unknown[0].split('=')[0]}: check takes benchmarks= and nothing else")
+        items = argv[-1].split("=", 1)[1].split(",") if argv else list(BENCHMARKS)
         for name, source in map(find_benchmark, items):
-            rows, _ = data.load_rows(source, "benchmarks")
+            rows, _ = load_rows(source, "benchmarks")
             verifier = grader(name, "boxed") or "math_verify"
             shares, failures = check_golds(rows, verifier, pool)
-            table.append([name, verifier, str(len(rows)), *(shares.get(k, "") for k in kinds)])
+            table.append([name, verifier, str(len(rows)), *(shares.get(kind, "") for kind in COLUMNS)])
             lines += [f"{name}, {line}" for line in failures]
     print("\n".join([aligned(table), *lines]))
     return 0
-
-
-def main(argv):
-    with one_line_errors():
-        return check(argv)
 
 
 if __name__ == "__main__":
