@@ -23,7 +23,7 @@ from lib.ranks import gather, init_distributed, leave
 def engines(path, kinds=("vllm",), **settings):
     """(rank, world, [engines, synced with the folder's weights], tokenizer)."""
     rank, world, device = init_distributed()
-    cfg = Config(seed=0, engine_kv_mib=64, **settings)
+    cfg = Config(seed=0, **settings)
     tokenizer, eos = policy.load_tokenizer(path)
     stop = {tokenizer.eos_token_id, *eos} - {None}
     out = []
