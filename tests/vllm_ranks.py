@@ -5,8 +5,6 @@ import os
 import sys
 from pathlib import Path
 
-from lib import engine, policy
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
@@ -14,7 +12,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 import cure
-from lib import data
+from lib import data, engine, policy
 from lib.config import Config
 from lib.engine import Sampling, TorchEngine, VLLMEngine, request_seed
 from lib.ranks import gather, init_distributed, leave
