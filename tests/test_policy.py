@@ -498,6 +498,9 @@ def test_left_over_groups_are_spread_and_never_get_a_step_of_their_own(fresh, ke
         r.group = 3 * r.group + 1                       # the draw had groups in between, which were not kept
         r.reward, r.correct = [(1.0, True), (0.5, True), (-1.0, False)][i % 3]   # the second is right, but over-long
     plan = cure.cut_minibatches(config(prompts_per_minibatch=per_step), rows, 1) if rows else []
+    if rows:
+        run = SimpleNamespace(policy=fresh, rank=0, world=1)
+        cure.score(run, config(prompts_per_minibatch=per_step), plan)
     cure.set_advantages(SimpleNamespace(**cure.HOOKS), rows)
     groups = [sorted({r.group for r in mini.rows}) for mini in plan]
     print(f"{kept} kept groups, {per_step} a step: {[len(g) for g in groups]}")
