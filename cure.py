@@ -25,8 +25,8 @@ from lib.config import list_configs, load_config
 from lib.engine import request_seed
 from lib.method import load_method
 from lib.policy import learning_rate, packed_length, partition
-from lib.ranks import end_group, gather, leave, one_line_errors, timed
-from lib.run import announce, describe, performance, prepare_run, warn
+from lib.ranks import end_group, gather, gather_sums, leave, one_line_errors, timed
+from lib.run import announce, describe, describe_evaluation, performance, prepare_run, warn
 from lib.sft import sft_step
 from loss import group_advantages, mismatch, n_kept, policy_loss, token_mask, token_weights, truncated_importance
 from rollout import allowed_tokens, collect, critical_tokens, sampling_metrics, token_column
@@ -51,9 +51,7 @@ def train_step(run, cfg, task):
         m |= entropy_metrics(rows)
 
         # 3. Compare with the engine that sampled. A stale or corrupt engine trains with a normal-looking loss.
-        gap = compare_with_engine(rows)
-        m |= {f"mismatch/{k}": v for k, v in gap.items()}
-        stop_if_apart(run, cfg, gap)
+        m |= {f"mismatch/{k}": v for k, v in compare_with_engine(run, cfg, rows).items()}
 
         if kept:
             # 4. Advantages: how much better is a rollout than the others of its prompt?
@@ -112,30 +110,21 @@ def score(run, cfg, minibatches):
         minibatches[k].rows[i].old_logp, minibatches[k].rows[i].entropy = logp, entropy
 
 
-def compare_with_engine(rollouts):
-    """mean |d|, max |d| and k3 between trainer and engine over all tokens at hand, nats (loss.mismatch)."""
-    return mismatch(token_column(rollouts, lambda r: r.old_logp), token_column(rollouts, lambda r: r.engine_logp))
-
-
-def gap_limit(run, cfg):
-    """The mean |d| above which a run stops, nats a token."""
-    if cfg.max_logp_gap:
-        return cfg.max_logp_gap
-    if run.policy.dtype == torch.float32:
-        return 1e-3
-    # bf16: what this model's rounding makes of a fresh sync, times 3. Above 0.3 it is no rounding, on any step.
-    return min(0.3, max(0.05, 3 * run.state["first_gap"]))
-
-
-def stop_if_apart(run, cfg, gap):
-    """RuntimeError where engine and trainer disagree by more than gap_limit."""
-    run.state["first_gap"] = run.state["first_gap"] or gap["mean_abs"]
-    if not gap["mean_abs"] <= (limit := gap_limit(run, cfg)):
+def compare_with_engine(run, cfg, rollouts):
+    """mean |d|, max |d| and k3 between trainer and engine over all tokens at hand, nats (loss.mismatch). RuntimeError
+    where the mean is over max_logp_gap, or over what rounding can make of a fresh sync."""
+    gap = mismatch(token_column(rollouts, lambda r: r.old_logp), token_column(rollouts, lambda r: r.engine_logp))
+    first = run.state["first_gap"] = run.state["first_gap"] or gap["mean_abs"]
+    # bf16: what it was at the run's first step, times 3. Above 0.3 it is no rounding, on any step.
+    rounding = 1e-3 if run.policy.dtype == torch.float32 else min(0.3, max(0.05, 3 * first))
+    limit = cfg.max_logp_gap or rounding
+    if not gap["mean_abs"] <= limit:  # a nan is over it, too
         raise RuntimeError(
             f"step {run.state['step']}: engine and trainer disagree by {gap['mean_abs']:.2g} nats a token "
             f"(k3 {gap['k3']:.2g}), limit {limit:.2g}: no update was made. Was the engine synced after the last "
             "update? Same dtype, temperature and stop tokens on both sides? max_logp_gap sets the limit."
         )
+    return gap
 
 
 def set_advantages(method, rollouts):
@@ -154,12 +143,10 @@ def optimizer_steps(run, cfg, method, minibatches):
         norm, taken = run.policy.update(mini.here(run.rank), loss_fn, cfg.temperature, lr)
         norms.append(norm)
         skipped += run.count_step(taken)
-        gap = sums.pop("gap")
+        moved = sums.pop("moved")
         if k == 0 and run.policy.dtype == torch.float32 and not cfg.reuse_entropy_logp:
-            assert gap == 0, f"ratio was not 1 in the first minibatch: |logp - old_logp| is up to {gap:.3g}"
-    totals = Counter()
-    for part in gather([sums]):
-        totals.update(part)
+            assert moved == 0, f"ratio was not 1 in the first minibatch: |logp - old_logp| is up to {moved:.3g}"
+    totals = gather_sums(sums)
     n = totals.pop("tokens")
     return {f"actor/{k}": v / n for k, v in totals.items()} | {
         "actor/grad_norm": float(np.mean(norms)), "actor/lr": lr, "actor/minibatches": len(minibatches),
@@ -199,7 +186,7 @@ def minibatch_loss(run, cfg, method, mini, k, sums):
         for key, values in {"tokens": torch.ones_like(delta), "ppo_kl": -delta, **flags}.items():
             sums[key] += values.double().sum().item()
         sums["pg_loss"] += loss.item() * n_tokens
-        sums["gap"] = max(sums["gap"], delta.abs().max().item() if len(delta) else 0.0)
+        sums["moved"] = max(sums["moved"], delta.abs().max().item() if len(delta) else 0.0)
         return loss
 
     return loss_fn
@@ -243,8 +230,7 @@ def survey_minibatch(rows, logp, old_logp, advantage, generator, clip_low, clip_
     """A hook without a default. A method that has it declares that it needs numbers of the whole minibatch.
 
     rows: the minibatch's rollouts over all ranks; logp, old_logp, advantage (N,) of all their tokens, logp under the
-    present policy; generator: seeded. Returns {name: (N,)}. The loss finds its part in r.survey[name] of each
-    rollout."""
+    present policy; generator: seeded. Returns {name: (N,)}. The loss finds its part in r.survey[name]."""
     raise NotImplementedError("never called: a method brings its own")
 
 
@@ -309,8 +295,7 @@ def run_stage(run, name, cfg, bar):
         first, its = run.stages[0]
         if rl and s["step"] == 0 and cfg.eval_data and (name == first or not its.eval_data):  # else sft ended with one
             evaluate_heldout(run, cfg)
-    stopped = False
-    while s["stage_step"] < cfg.steps and not stopped:
+    while s["stage_step"] < cfg.steps:
         if rl and cfg.max_steps and s["step"] >= cfg.max_steps:
             run.print(f"max_steps={cfg.max_steps} is reached; the same command with more goes on from here")
             return False
@@ -327,31 +312,25 @@ def run_stage(run, name, cfg, bar):
             evaluate_heldout(run, cfg)
         stop = torch.tensor(float(run.stop), device=run.device)
         dist.all_reduce(stop)  # a signal reaches one rank or all, at different times: all must leave at the same step
-        stopped = bool(stop)
-        pause = stopped or (rl and s["step"] == cfg.max_steps)
-        if last or pause or cfg.save_every and s["stage_step"] % cfg.save_every == 0:
+        due = cfg.save_every and s["stage_step"] % cfg.save_every == 0
+        if last or stop or due or (rl and s["step"] == cfg.max_steps):
             with timed(run.pending, "save"):
                 checkpoint.save(run, cfg, task.stream, final=last)
-    if stopped:
-        run.print(f"stopped by a signal after step {s['step']}, with a checkpoint; the same command goes on from here")
-    return not stopped
+        if stop:
+            run.print(f"stopped by a signal after step {s['step']}, with a checkpoint; the same command goes on")
+            return False
+    return True
 
 
 def evaluate_heldout(run, cfg):
-    """Evaluate on the held-out prompts with the engine in use, log and print. An sft stage's engine sleeps in
-    between."""
+    """Evaluate on the held-out prompts, log and print. An sft stage's engine sleeps in between."""
     if cfg.kind == "sft":
         run.refresh()
     result = evaluate(cfg, run.engine, run.policy, run.heldout[cfg.name], run.state["step"], run.regions)
     if cfg.kind == "sft":
         run.engine.sleep()
     run.log(result)
-    n = cfg.eval_n
-    run.print(
-        f"  eval at step {run.state['step']}: avg@{n} {result[f'eval/avg@{n}']:.3f} ± {result['eval/stderr']:.3f} · "
-        f"pass@{n} {result[f'eval/pass@{n}']:.3f} · entropy {result['eval/entropy']:.3f} · "
-        f"distinct {result['eval/distinct']:.2f} · length {result['eval/length']:.1f} · {result['timing_s/eval']:.1f} s"
-    )
+    run.print(describe_evaluation(run, cfg, result))
 
 
 def train(run):
@@ -386,10 +365,7 @@ def main(argv):
     if run.rank == 0:
         from tools import analyze  # the pictures at the end of a run are no part of it
 
-        run.print(analyze.summary_table(run.out))
-        run.print(analyze.ledger(run.out, run.pending))
-        if run.state["step"]:
-            run.print("pictures: " + ", ".join(map(str, analyze.curves(run.out))))
+        run.print(analyze.report(run.out, run.pending))
     end_group(run)
     return 0
 

@@ -150,8 +150,7 @@ def entropies(cfg, policy, task, rows, regions=None):
 
 # ----------------------------------------------------------------------------------------------- benchmarks and presets
 def benchmark_stages(argv):
-    """Command line -> ([(benchmark's name, its Config)], preset). Precedence: defaults < file < preset < command
-    line."""
+    """Command line -> ([(benchmark's name, its Config)], preset). Order: defaults < file < preset < command line."""
     own = dict(a.split("=", 1) for a in argv if a.startswith(("benchmarks=", "preset=")))
     argv = [a for a in argv if not a.startswith(("benchmarks=", "preset="))]
     preset = own.get("preset") or ("cure" if own.get("benchmarks") else "")

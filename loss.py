@@ -100,8 +100,7 @@ def group_advantages(scores, groups, parents=None):
 
 
 def policy_loss(logp, old_logp, advantage, entropy=None, rows=None, clip_low=0.2, clip_high=0.28, *, clip_dual=10.0):
-    """PPO-clip loss of each token with DAPO's wider upper bound, and the dual clip for A < 0 (arXiv 1912.09729).
-    (DAPO-1)
+    """PPO-clip loss of each token, DAPO's wider upper bound, dual clip for A < 0 (arXiv 1912.09729). (DAPO-1)
 
     logp, old_logp, advantage (T,) fp32. entropy (T,) and rows, the micro-batch's rollouts, are for methods that use
     them. Returns the loss (T,), to be minimised, and a dict of numbers or bools (T,) that are logged as actor/NAME,
@@ -146,8 +145,7 @@ def token_weights(counts, lengths, agg, n_tokens, n_sequences):
 
 # ------------------------------------------------------------------------------------------------------ entropy mask
 def n_kept(n, rho):
-    """How many of n tokens the 80/20 mask keeps: max(1, ceil(rho n)). The round() undoes 0.07 * 100 =
-    7.000000000000001."""
+    """How many of n tokens the 80/20 mask keeps: max(1, ceil(rho n)). round() undoes 0.07 * 100 = 7.000000000000001."""
     return max(1, math.ceil(round(rho * n, 6))) if n else 0
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from lib.engine import Sampling, request_seed
-from lib.ranks import gather, timed
+from lib.ranks import gather, gather_sums, timed
 from reward import overlong_penalty
 
 
@@ -47,8 +47,7 @@ class Rollout:
 
 
 def token_column(rows, get, device="cpu"):
-    """get(rollout) -> (T,) array, of all rows one after the other: a tensor on `device`, empty where there are no
-    rows."""
+    """get(rollout) -> (T,) array, of all rows one after the other: a tensor on `device`, empty without rows."""
     return torch.from_numpy(np.concatenate([np.empty(0, np.float32), *(get(r) for r in rows)])).to(device)
 
 
@@ -69,17 +68,15 @@ def critical_tokens(rollout, allowed):
     """Where a branch may leave a response: positions int64, the most uncertain first. A hook for methods.
 
     rollout: a graded base rollout with its entropy (T,). allowed: bool (V,), see allowed_tokens."""
+    valid = valid_positions(rollout, allowed)
+    # stable: of equal entropies the lower position first
+    return valid[torch.argsort(torch.from_numpy(rollout.entropy)[valid], descending=True, stable=True)]
+
+
+def valid_positions(rollout, allowed):
+    """Every position that may be critical, in order. The ablation critical=random draws from all of them."""
     valid = allowed[torch.tensor(rollout.response_ids)]  # (T,)
     valid[:1] = False  # a branch at the first token is a plain resample
-    # stable: of equal entropies the lower position first
-    order = torch.argsort(torch.from_numpy(rollout.entropy), descending=True, stable=True)
-    return order[valid[order]]
-
-
-def random_tokens(rollout, allowed):
-    """The ablation critical=random: every position that may be critical, in order."""
-    valid = allowed[torch.tensor(rollout.response_ids)]
-    valid[:1] = False
     return valid.nonzero()[:, 0]
 
 
@@ -139,7 +136,7 @@ def sample_round(cfg, engine, policy, task, step, draw_ids, ordinal, counts, clo
 
 def sample_branches(cfg, engine, task, step, base, sampling, counts, clock):
     """CURE's move: cut every base response before its critical token and let the model go on from there, n2 times."""
-    find = random_tokens if cfg.critical == "random" else task.method.critical_tokens
+    find = valid_positions if cfg.critical == "random" else task.method.critical_tokens
     cuts, refined, seeds = [], [], []
     for i, r in enumerate(base):
         parent, budget, t, h = i % cfg.n1, cfg.max_prompt_tokens - len(r.prompt_ids), None, float("nan")
@@ -215,8 +212,7 @@ class Sampled(NamedTuple):
 
 
 def collect(cfg, engine, policy, task, step, clock):
-    """Sampling rounds until prompts_per_step groups with both right and wrong answers are there (dynamic sampling).
-    (DAPO-3)
+    """Sampling rounds until prompts_per_step groups with right and wrong answers are there. (DAPO-3)
 
     Every rank samples its share of the prompts; what is decided is decided on gathered data. Fewer groups than asked
     for after max_rounds, or when the data has no other prompt: returned as they are, or RuntimeError with
@@ -246,10 +242,7 @@ def collect(cfg, engine, policy, task, step, clock):
             f"{rounds} rounds. on_starved=train goes on with what there is, max_rounds or prompts_per_round sample more"
         )
     rows = [r for group in kept[: cfg.prompts_per_step] for r in group]
-    totals = Counter()
-    for part in gather([counts]):
-        totals.update(part)
-    return Sampled(rows, sum(dropped, []), briefs, len(drawn), len(kept), rounds, totals)
+    return Sampled(rows, sum(dropped, []), briefs, len(drawn), len(kept), rounds, gather_sums(counts))
 
 
 def brief(group):

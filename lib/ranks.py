@@ -6,6 +6,7 @@ import os
 import sys
 import time
 import traceback
+from collections import Counter
 
 import torch
 import torch.distributed as dist
@@ -63,6 +64,14 @@ def gather(items):
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, items)
     return [x for part in parts for x in part]
+
+
+def gather_sums(counter):
+    """Every rank's Counter, added up, the same on every rank. Keys with the sum 0 stay. A collective."""
+    out = Counter()
+    for part in gather([counter]):
+        out.update(part)
+    return out
 
 
 def everywhere(do, error=RuntimeError):

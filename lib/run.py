@@ -158,6 +158,14 @@ def describe(run, cfg, m):
     ])  # fmt: skip
 
 
+def describe_evaluation(run, cfg, m):
+    """The readable line of one evaluation."""
+    n = cfg.eval_n
+    return (f"  eval at step {run.state['step']}: avg@{n} {m[f'eval/avg@{n}']:.3f} ± {m['eval/stderr']:.3f} · "
+            f"pass@{n} {m[f'eval/pass@{n}']:.3f} · entropy {m['eval/entropy']:.3f} · distinct {m['eval/distinct']:.2f} "
+            f"· length {m['eval/length']:.1f} · {m['timing_s/eval']:.1f} s")  # fmt: skip
+
+
 def warn(run, cfg, m):
     """A step that found too little says so. A run that cannot learn says so at its first step, not after a night."""
     kept, sampled = m["train/kept_groups"], m["train/sampled_groups"]

@@ -234,7 +234,7 @@ def test_every_recipe_of_the_readme_takes_a_step_of_its_own_in_a_copy_of_the_fol
         (copy / path).write_text(text)
     assert done.returncode == 0, done.stderr[-2000:]
     (m,) = train_lines(tmp_path / "run")
-    assert m["actor/grad_norm"] > 0 and ("response_length/right" in m) == (recipe == "Change the metrics")
+    assert m["actor/grad_norm"] > 0 and ("response_length/right_kept" in m) == (recipe == "Change the metrics")
 
 
 def test_the_readme_has_five_recipes():

@@ -30,9 +30,9 @@ from rollout import (
     critical_tokens,
     grade,
     pick_critical,
-    random_tokens,
     sample_round,
     sampling_metrics,
+    valid_positions,
 )
 
 STOP = 1
@@ -87,7 +87,7 @@ def brute_force(entropy, tokens, allowed, top_k, budget):
 def pick(entropy, tokens, allowed, top_k, budget, generator=None, mode="entropy"):
     """(t*, candidates) of one response, as sample_branches finds them."""
     r = Rollout([], [], list(tokens), entropy=np.float32(entropy))
-    order = critical_tokens(r, allowed) if mode == "entropy" else random_tokens(r, allowed)
+    order = critical_tokens(r, allowed) if mode == "entropy" else valid_positions(r, allowed)
     t, pool = pick_critical(order, top_k if mode == "entropy" else None, budget, generator or gen(0))
     return t, pool.tolist()
 

@@ -194,6 +194,14 @@ def draw_panels(figure, shape, panels, run):
                         fontsize="small", color=".35")
 
 
+def report(run, pending):
+    """What is printed at the end of a run: its table, its ledger and where its pictures are. pending: see ledger."""
+    lines = [summary_table(run), ledger(run, pending)]
+    if read_run(run)[0]:
+        lines.append("pictures: " + ", ".join(map(str, curves(run))))
+    return "\n".join(lines)
+
+
 def curves(run):
     """Draws run/plots/curves.png (all that was logged) and headline.png (accuracy, entropy); returns their paths."""
     lines, plots = read_run(run), Path(run) / "plots"
