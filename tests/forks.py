@@ -5,8 +5,8 @@ own, to be killed or limited, without the seconds that importing torch takes. On
      "signal_at": 2, "piece": bytes}
 
 kill_after: SIGKILL after that time. kill_at: SIGKILL before the k-th operation on a file of the run. limit: RLIMIT_FSIZE of a
-rank. signal_at: SIGTERM to all ranks when that step is described. piece: checkpoint.PIECE. The reply: exit codes (negative:
-signals) and seconds."""
+rank. signal_at: SIGTERM to all ranks when that step is described. piece: checkpoint.PIECE. The reply: exit codes
+(negative: signals) and seconds."""
 import json
 import os
 import resource
