@@ -169,7 +169,7 @@ def open_lm(path, dtype, attention):
 def open_files(path):
     """{name: slice} of all tensors in the safetensors files of an HF folder or hub id. Only headers are read."""
     if not os.path.isdir(path):
-        path = snapshot_download(path, allow_patterns=["model*.safetensors", "*.json"])
+        path = snapshot_download(path, allow_patterns=["*.safetensors", "*.json"])
     names, index = ["model.safetensors"], read_json(f"{path}/model.safetensors.index.json")
     if index and not os.path.exists(f"{path}/{names[0]}"):
         names = sorted(set(index["weight_map"].values()))

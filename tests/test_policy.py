@@ -700,6 +700,21 @@ def test_a_torn_file_and_one_that_an_index_lacks_are_refused_in_one_line(sharp, 
         print(caught.value)
 
 
+def test_a_hub_id_is_read_from_its_local_snapshot(sharp, cpu, monkeypatch):
+    asked = []
+
+    def snapshot(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return sharp
+
+    monkeypatch.setattr(policy_module, "snapshot_download", snapshot)
+    stored = policy_module.open_files("somebody/model")
+    assert asked == [("somebody/model", ["*.safetensors", "*.json"])]
+    assert all(torch.equal(stored[name][...], w) for name, w in plain_model(sharp).named_parameters())
+    policy_module.open_files(sharp)
+    assert len(asked) == 1, "a folder is no hub id"
+
+
 def counted(make_it):
     """What make_it() makes, how many numbers it read from files, and whether FSDP got nothing but the meta device's."""
     read, meta, plain, shard = [], [], policy_module.open_files, policy_module.fully_shard
