@@ -1,7 +1,7 @@
 """Checkpoints: written whole or not at all, checked when they are read.
 
     ckpt/step_000040/hf/           an ordinary Hugging Face folder, for users
-                     state/        fp32 weights and Adam's moments, one safetensors shard a rank, for resuming
+                     state/        fp32 weights and Adam's moments, safetensors shards of each rank, for resuming
                      meta.json     stage, step, data cursor, counters, sizes of the logs, hashes of the code
                      SHA256SUMS    of every file above; `sha256sum -c SHA256SUMS` checks it without us
     ckpt/latest                    the name of the newest one
@@ -20,10 +20,12 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 
 from lib.config import FREE, Config, keys
 from lib.files import TMP, delete, files, read_json, replace_file, sha256, sync
+from lib.policy import bins
 from lib.ranks import everywhere, gather
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
 SUMS = "SHA256SUMS"
+PIECE = 1 << 29  # bytes of a rank's state in one file, about; torch builds each file in memory before it writes it
 
 
 # ------------------------------------------------------------------------------------------------------------ write
@@ -34,7 +36,8 @@ def save(run, cfg, stream, final):
     s.update(stage_done=final, cursor=stream.cursor, adam_step=run.policy.adam_step, code=run.code)
     name = f"step_{s['step']:06d}" + (f"_{cfg.name}_{s['stage_step']:06d}" if cfg.kind == "sft" else "")
     tmp, state = f"{root}/{TMP}{name}", run.policy.state()
-    need = sum(x.numel() * x.element_size() for x in state.values()) + run.policy.n_params * run.policy.dtype.itemsize
+    sizes = {key: x.numel() * x.element_size() for key, x in state.items()}
+    need = sum(sizes.values()) + run.policy.n_params * run.policy.dtype.itemsize
 
     def make_folder():
         os.makedirs(tmp)
@@ -43,7 +46,9 @@ def save(run, cfg, stream, final):
 
     try:
         everywhere(make_folder if run.rank == 0 else None)
-        writer = HuggingFaceStorageWriter(f"{tmp}/state", save_distributed=True)
+        pieces = bins(sizes, sizes, -(-sum(sizes.values()) // (PIECE * run.world)))
+        file = {key: number for number, piece in enumerate(pieces, 1) for key in piece}
+        writer = HuggingFaceStorageWriter(f"{tmp}/state", file, save_distributed=True)
         everywhere(lambda: dcp.save(state, storage_writer=writer))
         everywhere(lambda: run.policy.save_hf(f"{tmp}/hf", run.tokenizer))
         sums = checksums(tmp, files(tmp), run)

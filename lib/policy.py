@@ -3,21 +3,28 @@
 Symbols: T packed input tokens of a micro-batch · R response tokens in it · n its rollouts · V vocabulary · D width.
 """
 
+import contextlib
 import inspect
+import os
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as hf_logging
 
+from lib.files import read_json
 from loss import HEAD_CHUNK, logp_and_entropy
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, as torch names them
 GRAD_CLIP = 1.0  # the reference's; larger gradients are scaled down to this norm
 
 # torch 2.11 has no enable_gqa argument (its kernel accepts fewer kv heads as it is); later releases want it said
@@ -125,21 +132,81 @@ def partition(lengths, world, budget):
 
 
 # ------------------------------------------------------------------------------------------------------------ the model
-def load_lm(path, dtype, attention):
-    """A causal LM from an HF folder or hub id, safetensors only, no remote code; ValueError names `model`."""
+def open_lm(path, dtype, attention):
+    """A causal LM from an HF folder or hub id, safetensors only, no remote code, its weights not read yet -> (model
+    with its parameters on the meta device, {parameter name: a slice of its file, read where it is indexed}).
+    ValueError names `model`."""
     try:
-        lm, info = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=attention, use_safetensors=True, trust_remote_code=False,
-            output_loading_info=True,
-        )  # fmt: skip
-    except (OSError, ValueError, SafetensorError) as e:  # the last: a torn file, or one that is something else
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        how = {"dtype": config.dtype if dtype == "auto" else dtype, "attn_implementation": attention}
+        with torch.device("meta"):
+            lm = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **how)
+        with contextlib.suppress(OSError):  # without the file it is made from the configuration
+            lm.generation_config = GenerationConfig.from_pretrained(path)
+        stored = open_files(path)
+    except (OSError, ValueError, KeyError, SafetensorError, StrictDataclassError) as e:
         raise ValueError(f"model: cannot load {path!r}: {str(e).splitlines()[0]}") from e
-    if missing := sorted(info["missing_keys"]):  # transformers makes up random ones, and only warns
+    for copy, name in lm.all_tied_weights_keys.items():
+        if copy in stored and not torch.equal(stored[copy][...], stored.setdefault(name, stored[copy])[...]):
+            raise ValueError(f"model: {path!r} has a {copy} other than the {name} that its configuration ties it to")
+    parameters = dict(lm.named_parameters())
+    if missing := sorted(parameters.keys() - stored.keys()):
         raise ValueError(f"model: {path!r} lacks {len(missing)} tensors, {missing[0]} for one")
-    sliding = getattr(lm.config, "sliding_window", None) and getattr(lm.config, "use_sliding_window", True)
+    for name, p in parameters.items():
+        kind, shape = stored[name].get_dtype(), stored[name].get_shape()
+        if kind not in ("F64", "F32", "F16", "BF16") or shape != list(p.shape):  # quantized, or of another config
+            raise ValueError(f"model: {path!r} has {name} as {kind} {shape}, not as floats {list(p.shape)}")
+    sliding = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     if attention == "packed" and sliding:
         raise ValueError(f"model: {path!r} uses sliding-window attention, which the packed forward does not have")
+    for module in lm.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty_like(buffer, device="cpu"))
+    lm.initialize_weights()  # as from_pretrained computes buffers; to parameters on the meta device it does nothing
+    return lm.eval(), {name: stored[name] for name in parameters}  # eval: no dropout, one function for all log-probs
+
+
+def open_files(path):
+    """{name: slice} of all tensors in the safetensors files of an HF folder or hub id. Only headers are read."""
+    if not os.path.isdir(path):
+        path = snapshot_download(path, allow_patterns=["*.safetensors", "*.json"])
+    names, index = ["model.safetensors"], read_json(f"{path}/model.safetensors.index.json")
+    if index and not os.path.exists(f"{path}/{names[0]}"):
+        names = sorted(set(index["weight_map"].values()))
+    opened = [safe_open(f"{path}/{name}", "pt") for name in names]
+    return {key: f.get_slice(key) for f in opened for key in f.keys()}
+
+
+@torch.no_grad()
+def read_weights(root, lm, weights, device):
+    """Give a model of open_lm memory on `device`, and read its weights into it, of a parameter that FSDP has sharded
+    only this rank's rows. root: the module that FSDP wraps, or lm itself."""
+    buffers = dict(lm.named_buffers())
+    root.to_empty(device=device)
+    lm.tie_weights()  # to_empty makes two of one
+    for name, buffer in lm.named_buffers():
+        buffer.copy_(buffers[name])
+    for name, p in lm.named_parameters():
+        if isinstance(p, DTensor):  # rows are cut as by torch.chunk: the last ranks may have fewer, or none
+            rows, local, mesh = p.shape[0], p.to_local(), p.device_mesh
+            first = min(rows, mesh.get_local_rank() * -(-rows // mesh.size()))
+            local.copy_(weights[name][first : first + len(local)])
+        else:
+            p.copy_(weights[name][...])
+
+
+def load_lm(path, dtype, attention):
+    """A causal LM as open_lm takes it, whole and in host memory."""
+    lm, weights = open_lm(path, dtype, attention)
+    read_weights(lm, lm, weights, "cpu")
     return lm
+
+
+def named_from_folder(path, dtype):
+    """(HF name, full tensor) one after the other, as Policy.named_full gives them, but read from an HF folder or hub
+    id: never a second copy of the model. ValueError as open_lm, before the first one."""
+    weights = open_lm(path, dtype, "sdpa")[1]
+    return ((name, w[...].to(dtype)) for name, w in weights.items())
 
 
 class PackedLM(torch.nn.Module):
@@ -165,15 +232,13 @@ class Policy:
     collective (forward, score, update, named_full, save_hf): every rank calls it, in the same order."""
 
     def __init__(self, cfg, path, device):
-        lm = load_lm(path, torch.float32, "packed")
+        lm, weights = open_lm(path, torch.float32, "packed")
         if device.type == "cuda" and compute_dtype(cfg, device) == torch.float32:
             raise ValueError("dtype: the packed attention kernel on CUDA is for bfloat16: leave dtype at auto")
         self.device, self.cfg = device, cfg
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.config, self.generation_config = lm.config, lm.generation_config
-        self.n_params = sum(p.numel() for p in lm.parameters())
+        self.config, self.n_params = lm.config, sum(p.numel() for p in lm.parameters())
         self.dtype = compute_dtype(cfg, device)
-        lm.eval()  # no dropout: old and new log-probs must be of the same function
         if cfg.activation_checkpointing:
             lm.gradient_checkpointing_enable({"use_reentrant": False})
             lm.train()  # transformers checkpoints in train mode only; the models used here have dropout 0
@@ -189,6 +254,7 @@ class Policy:
                 block.compile(dynamic=False)
             fully_shard(block, mesh=mesh, mp_policy=mp)
         fully_shard(self.model, mesh=mesh, mp_policy=mp)
+        read_weights(self.model, lm, weights, device)
         for m in self.model.modules():
             if isinstance(m, FSDPModule):  # our losses are sums over all ranks already: add gradients, do not average
                 m.set_force_sum_reduction_for_comms(True)
@@ -196,11 +262,15 @@ class Policy:
         self.new_optimizer(cfg)
 
     def new_optimizer(self, cfg):
-        """A fresh AdamW, weight decay on all parameters (the reference's setting)."""
+        """A fresh AdamW, weight decay on all parameters (the reference's setting). It has its moments from the start:
+        the first step would put them among activations, whose blocks could then not go back to the GPU's driver."""
         self.opt = torch.optim.AdamW(
             self.model.parameters(), lr=cfg.lr, betas=tuple(cfg.betas), eps=1e-8, weight_decay=cfg.weight_decay,
             fused=True,
         )  # fmt: skip
+        for p in self.model.parameters():
+            moments = {k: torch.zeros_like(p.detach()) for k in MOMENTS}
+            self.opt.state[p] = {"step": torch.zeros((), device=self.device), **moments}
 
     def forward(self, rollouts, temperature):
         """(logp (R,), entropy (R,)) fp32 of the response tokens of one micro-batch, rollout after rollout."""
@@ -271,8 +341,6 @@ class Policy:
                 state[name] = full.cpu()
         if self.rank == 0:
             lm = self.model.lm
-            if lm.config.tie_word_embeddings:
-                state["lm_head.weight"] = state[next(n for n in state if n.endswith("embed_tokens.weight"))]
             lm.save_pretrained(folder, state_dict=state)
             # save_pretrained notes the fp32 of the master weights, and loaders would believe it
             lm.config.dtype = self.dtype
@@ -280,25 +348,23 @@ class Policy:
             tokenizer.save_pretrained(folder)
 
     def state(self):
-        """Model and Adam state as one flat dict of sharded tensors, for torch.distributed.checkpoint."""
-        out = {}
+        """Model and Adam state as one flat dict of sharded tensors, for torch.distributed.checkpoint. Moments are
+        left out before the first step: they are zeros."""
+        out, keys = {}, MOMENTS if self.adam_step else ()
         for name, p in self.model.named_parameters():
             out["model." + name] = p.detach()
-            for key in ("exp_avg", "exp_avg_sq"):
-                if p in self.opt.state:
-                    out[f"{key}.{name}"] = self.opt.state[p][key]
+            out |= {f"{key}.{name}": self.opt.state[p][key] for key in keys}
         return out
 
     @property
     def adam_step(self):
         """Optimizer steps taken since the optimizer was made."""
-        return int(next((s["step"] for s in self.opt.state.values()), 0))
+        return int(next(s["step"] for s in self.opt.state.values()))
 
     def prepare_adam(self, step):
-        """Give the optimizer empty moments at `step`, for a checkpoint to be loaded into."""
-        for p in self.model.parameters() if step else []:
-            moments = {k: torch.zeros_like(p.detach()) for k in ("exp_avg", "exp_avg_sq")}
-            self.opt.state[p] = {"step": torch.tensor(float(step), device=self.device), **moments}
+        """Let a new optimizer count from `step`, for a checkpoint's moments to be loaded into."""
+        for s in self.opt.state.values():
+            s["step"].fill_(step)
 
 
 def compute_dtype(cfg, device):
@@ -310,8 +376,6 @@ def compute_dtype(cfg, device):
 
 def load_tokenizer(path):
     """(tokenizer, eos ids of the generation config) of an HF folder or hub id; ValueError names `model`."""
-    from transformers import AutoTokenizer, GenerationConfig
-
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
@@ -325,9 +389,6 @@ def load_tokenizer(path):
 
 def load_hf_config(path):
     """The model's configuration; ValueError names `model`."""
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, StrictDataclassError) as e:  # the last: values that contradict each other

@@ -19,7 +19,7 @@ from lib.engine import make_engine
 from lib.files import code_hashes, read_json, replace_file
 from lib.memory import peak_memory, utilisation
 from lib.method import method_file
-from lib.policy import Policy, compute_dtype, load_hf_config, load_lm, load_tokenizer, packed_length
+from lib.policy import Policy, compute_dtype, load_hf_config, load_tokenizer, named_from_folder, packed_length
 from lib.pool import VerifierPool
 from lib.ranks import everywhere, gather, init_distributed, timed
 from reward import self_test
@@ -65,8 +65,7 @@ class Run:
             if self.policy:
                 self.engine.sync(self.policy.named_full())
             else:
-                lm = load_lm(self.path, compute_dtype(self.stages[0][1], self.device), "sdpa")  # in host memory
-                self.engine.sync((name, p.detach()) for name, p in lm.named_parameters())
+                self.engine.sync(named_from_folder(self.path, compute_dtype(self.stages[0][1], self.device)))
 
     @property
     def finished(self):

@@ -1,10 +1,12 @@
 """A process that has imported cure.py and forks a copy of itself for every run it is asked for: each run is a process of its
 own, to be killed or limited, without the seconds that importing torch takes. One JSON job a line on stdin, one reply a line.
 
-    {"argv": […], "log": file, "ranks": 1, "port": 0, "kill_after": seconds, "kill_at": k, "limit": {"1": bytes}, "signal_at": 2}
+    {"argv": […], "log": file, "ranks": 1, "port": 0, "kill_after": seconds, "kill_at": k, "limit": {"1": bytes},
+     "signal_at": 2, "piece": bytes}
 
 kill_after: SIGKILL after that time. kill_at: SIGKILL before the k-th operation on a file of the run. limit: RLIMIT_FSIZE of a
-rank. signal_at: SIGTERM to all ranks when that step is described. The reply: exit codes (negative: signals) and seconds."""
+rank. signal_at: SIGTERM to all ranks when that step is described. piece: checkpoint.PIECE. The reply: exit codes
+(negative: signals) and seconds."""
 import json
 import os
 import resource
@@ -13,6 +15,7 @@ import sys
 import time
 
 import cure
+from lib import checkpoint
 from tools import analyze
 
 OPERATIONS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree")
@@ -28,6 +31,7 @@ def rank_process(job, rank):
                           MASTER_PORT=str(job["port"]))  # fmt: skip
     if limit := job.get("limit", {}).get(str(rank)):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    checkpoint.PIECE = job.get("piece", checkpoint.PIECE)
     count, out = [0], next(a.removeprefix("out_dir=") for a in job["argv"] if a.startswith("out_dir="))
 
     def hook(event, args):

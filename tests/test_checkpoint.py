@@ -64,6 +64,21 @@ def test_a_run_resumes_on_another_rank_count_with_the_same_tokens(whole, config,
         assert m["actor/grad_norm"] == pytest.approx(w["actor/grad_norm"], rel=1e-4)
 
 
+def test_a_checkpoint_in_many_pieces_is_read_on_any_rank_count(whole, whole2, config, run, tmp_path):
+    assert run(*argv(config, tmp_path / "2", "max_steps=4"), ranks=2, piece=200_000).codes == [0, 0]
+    pieces = sorted((tmp_path / "2/ckpt/step_000004/state").iterdir())
+    sizes = [p.stat().st_size for p in pieces]
+    print(f"{len(pieces)} files of {min(sizes)} to {max(sizes)} bytes")
+    assert len(pieces) >= 12 and max(sizes) < 300_000 and sum(sizes) > 12 * 200_000 - 200_000
+    shutil.copytree(tmp_path / "2", tmp_path / "1")
+    assert run(*argv(config, tmp_path / "2"), ranks=2).codes == [0, 0]
+    same_as_whole(tmp_path / "2", whole2)
+    assert run(*argv(config, tmp_path / "1"), ranks=1).codes == [0]
+    for m, w in zip(train_lines(tmp_path / "1"), train_lines(whole), strict=True):
+        assert m["tokens/generated"] == w["tokens/generated"]
+        assert m["actor/grad_norm"] == pytest.approx(w["actor/grad_norm"], rel=1e-4)
+
+
 def test_sigterm_to_all_ranks_ends_the_run_after_the_step_with_exit_0(whole2, config, run, tmp_path):
     out = run(*argv(config, tmp_path), ranks=2, signal_at=2)
     assert out.codes == [0, 0] and "stopped by a signal after step 2" in out.printed

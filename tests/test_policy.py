@@ -14,6 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import cure
+from lib import policy as policy_module
 from lib.config import Config
 from lib.memory import engine_share
 from lib.policy import (
@@ -23,6 +24,7 @@ from lib.policy import (
     load_hf_config,
     load_lm,
     load_tokenizer,
+    named_from_folder,
     pack,
     packed_length,
     partition,
@@ -622,6 +624,129 @@ def test_saved_folder_reloads_in_transformers_with_the_same_logits(name, request
     assert not [f.name for f in tmp_path.iterdir() if f.suffix in (".bin", ".pt", ".pkl")]
 
 
+def stored_otherwise(source, folder, form):
+    """A copy of a model folder: its weights in bf16, in several files with an index, or the tied one as the head's."""
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+    if form in ("bf16", "sharded"):
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16 if form == "bf16" else torch.float32)
+        model.save_pretrained(folder, max_shard_size="100KB" if form == "sharded" else "1GB")
+        assert len(list(folder.glob("*.safetensors"))) == 1 or form == "sharded"
+    else:
+        shutil.copytree(source, folder)
+    if form == "head's name":
+        weights = load_file(folder / "model.safetensors")
+        weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return str(folder)
+
+
+@pytest.mark.parametrize("name, form", [
+    ("sharp", "as it is"), ("odd", "as it is"), ("sharp", "bf16"), ("odd", "bf16"), ("sharp", "sharded"),
+    ("odd", "sharded"), ("sharp", "head's name"),
+])  # fmt: skip
+def test_weights_and_buffers_are_those_of_transformers_bit_for_bit(name, form, request, cpu, tmp_path):
+    folder = stored_otherwise(request.getfixturevalue(name), tmp_path / "model", form)
+    ours = make(folder)
+    for dtype in (torch.float32, torch.bfloat16):
+        theirs, lm = plain_model(folder, dtype), load_lm(folder, dtype, "eager")
+        exact = dict(theirs.named_parameters())
+        found = [dict(lm.named_parameters()), dict(named_from_folder(folder, dtype))]
+        found += [weights(ours)] if dtype == torch.float32 else []
+        for w in found:
+            assert list(w) == list(exact) and same(w, exact) and {x.dtype for x in w.values()} == {dtype}
+        lms = [lm, ours.model.lm] if dtype == torch.float32 else [lm]
+        for x in lms:
+            assert same(dict(x.named_buffers()), dict(theirs.named_buffers()))
+            assert x.generation_config == theirs.generation_config
+            tied = x.lm_head.weight is x.model.embed_tokens.weight
+            assert tied == x.config.tie_word_embeddings == (name == "sharp")
+            assert not x.training and x.dtype == dtype
+        ids = torch.arange(20)[None]
+        assert torch.equal(lm(ids).logits, theirs(ids).logits)
+
+
+def test_a_tensor_that_is_not_what_the_configuration_says_is_refused_by_its_name(sharp, odd, cpu, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    def folder(name, source, change):
+        shutil.copytree(source, tmp_path / name)
+        weights = load_file(tmp_path / name / "model.safetensors")
+        change(weights)
+        save_file(weights, tmp_path / name / "model.safetensors", {"format": "pt"})
+        return str(tmp_path / name)
+
+    norm, embedding, head = "model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"
+    bad = {
+        "shape": (odd, lambda w: w.update({norm: w[norm][:-1].clone()}), f"{norm} as F32 .47., not as floats .48."),
+        "kind": (odd, lambda w: w.update({norm: w[norm].to(torch.int8)}), f"{norm} as I8 .48., not as floats .48."),
+        "head": (sharp, lambda w: w.update({head: w[embedding] + 1}), f"a {head} other than the {embedding}"),
+    }
+    for name, (source, change, says) in bad.items():
+        with pytest.raises(ValueError, match="^model: .* has " + says) as caught:
+            make(folder(name, source, change))
+        assert "\n" not in str(caught.value)
+    twice = folder("twice", sharp, lambda w: w.update({head: w[embedding].clone()}))
+    assert same(weights(make(twice)), weights(make(sharp))), "the same tensor under both names is fine"
+
+
+def test_a_torn_file_and_one_that_an_index_lacks_are_refused_in_one_line(sharp, cpu, tmp_path):
+    torn, lost = (stored_otherwise(sharp, tmp_path / name, "sharded") for name in ("torn", "lost"))
+    file = sorted((tmp_path / "torn").glob("*.safetensors"))[1]
+    file.write_bytes(file.read_bytes()[:-100])
+    (tmp_path / "lost" / file.name).unlink()
+    for folder in (torn, lost):
+        for load in (make, lambda f: load_lm(f, torch.float32, "sdpa"), lambda f: named_from_folder(f, torch.float32)):
+            with pytest.raises(ValueError, match="^model: cannot load") as caught:
+                load(folder)
+            assert "\n" not in str(caught.value)
+        print(caught.value)
+
+
+def test_a_hub_id_is_read_from_its_local_snapshot(sharp, cpu, monkeypatch):
+    asked = []
+
+    def snapshot(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return sharp
+
+    monkeypatch.setattr(policy_module, "snapshot_download", snapshot)
+    stored = policy_module.open_files("somebody/model")
+    assert asked == [("somebody/model", ["*.safetensors", "*.json"])]
+    assert all(torch.equal(stored[name][...], w) for name, w in plain_model(sharp).named_parameters())
+    policy_module.open_files(sharp)
+    assert len(asked) == 1, "a folder is no hub id"
+
+
+def counted(make_it):
+    """What make_it() makes, how many numbers it read from files, and whether FSDP got nothing but the meta device's."""
+    read, meta, plain, shard = [], [], policy_module.open_files, policy_module.fully_shard
+
+    class Slice:
+        def __init__(self, stored):
+            self.get_shape, self.get_dtype, self.stored = stored.get_shape, stored.get_dtype, stored
+
+        def __getitem__(self, index):
+            rows = self.stored[index]
+            read.append(rows.numel())
+            return rows
+
+    def sharded(module, **kwargs):
+        meta.extend(p.is_meta for p in module.parameters())
+        return shard(module, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(policy_module, "open_files", lambda path: {k: Slice(v) for k, v in plain(path).items()})
+        patch.setattr(policy_module, "fully_shard", sharded)
+        return make_it(), sum(read), all(meta) and len(meta) > 0
+
+
+def test_each_weight_is_read_once_and_nothing_is_in_memory_before_it_is_sharded(sharp, odd, cpu):
+    for folder in (sharp, odd):
+        made, read, meta = counted(lambda folder=folder: make(folder))
+        assert read == made.n_params and meta
+
+
 def test_named_full_names_every_parameter_of_the_hf_model_once(policy):
     names = [n for n, _ in policy.named_full()]
     model = plain_model(policy.config._name_or_path)
@@ -648,6 +773,22 @@ def test_state_holds_weights_and_moments_and_prepare_adam_makes_room_for_them(sh
     assert same(weights(fresh), weights(other))         # a copy of state() goes on bit for bit
     other.new_optimizer(config())
     assert other.adam_step == 0
+
+
+def test_moments_made_with_the_optimizer_are_those_that_its_first_step_would_make(sharp, fresh):
+    lazy = make(sharp)
+    rows = prepared(fresh, ragged(4, 5, 25, per_group=4))
+    for _ in range(2):                                  # the second time for a new stage, after steps
+        for p in (fresh, lazy):
+            p.new_optimizer(config(betas=[0.8, 0.95]))
+        moments = [x for s in fresh.opt.state.values() for x in s.values()]
+        assert len(moments) == 3 * len(list(fresh.model.parameters())) and not any(x.any() for x in moments)
+        lazy.opt.state.clear()
+        for _ in range(2):
+            for p in (fresh, lazy):
+                p.update(cut(rows)[0], token_mean(rows), 1.0, 1e-3, 1.0)
+        a, b = ({k: x.full_tensor() for k, x in p.state().items()} for p in (fresh, lazy))
+        assert same(a, b) and fresh.adam_step == lazy.adam_step == 2
 
 
 def test_bf16_compute_keeps_fp32_masters_and_fp32_scores(sharp, cpu):
@@ -790,7 +931,9 @@ def steps_of(policy, rank, world, variant):
 
 def rank_job(rank, world, device, source, out):
     """One rank's side of all tests below (see conftest.ranks); what they look at is saved by rank 0."""
-    policy, found = make(source), {}
+    found = {}
+    policy, read, meta = counted(lambda: make(source))
+    found["start"] = {"read": gather([read]), "meta": gather([meta]), "weights": weights(policy)}
     for variant in VARIANTS:
         steps, counts, old = steps_of(policy, rank, world, variant)
         found[variant] = {"grads": [g for g, _ in steps], "norms": gather([[n for _, n in steps]]), "counts": counts,
@@ -850,6 +993,14 @@ def test_gradient_is_rank_invariant_on_ragged_lengths_and_uneven_groups(ranks, a
         assert norms == found["norms"][0] and norms == pytest.approx([n for _, n in steps], rel=1e-6)
     assert all(len(set(mini)) == 1 for mini in found["counts"])           # equally many forwards on every rank
     assert largest((a - b).abs().max() for a, b in zip(found["old"], map(torch.from_numpy, old), strict=True)) <= 1e-5
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_ranks_read_every_weight_once_together_and_what_they_have_is_the_file(ranks, sharp, world):
+    start, model = ranks[world]["policy"]["start"], plain_model(sharp)
+    assert same(start["weights"], dict(model.named_parameters())) and all(start["meta"])
+    print(f"{world} ranks read {start['read']} numbers of {model.num_parameters()}")
+    assert sum(start["read"]) == model.num_parameters() and max(start["read"]) < 1.1 * min(start["read"])
 
 
 @pytest.mark.parametrize("world", WORLDS)
