@@ -139,7 +139,24 @@ def load_lm(path, dtype, attention):
     sliding = getattr(lm.config, "sliding_window", None) and getattr(lm.config, "use_sliding_window", True)
     if attention == "packed" and sliding:
         raise ValueError(f"model: {path!r} uses sliding-window attention, which the packed forward does not have")
+    if attention == "packed":
+        refuse_unsupported(lm.config)
     return lm
+
+
+# what configs call a factor on the logits, and a soft cap on logits or attention scores
+SCALES = "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier", "logits_mup_width_multiplier"
+CAPS = "final_logit_softcapping", "attn_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"
+
+
+def refuse_unsupported(config):
+    """ValueError if the model scales or caps logits or attention scores. The packed forward does neither."""
+    text = config.get_text_config()
+    found = [key for key in SCALES if getattr(text, key, None) not in (None, 1)]
+    found += [key for key in CAPS if getattr(text, key, None) is not None]
+    if found:
+        said = ", ".join(f"{key} {getattr(text, key)}" for key in found)
+        raise ValueError(f"model: a {config.model_type} with {said}, which the packed forward does not have")
 
 
 class PackedLM(torch.nn.Module):

@@ -16,7 +16,18 @@ from hypothesis import strategies as st
 import cure
 from lib.config import Config
 from lib.memory import engine_share
-from lib.policy import Policy, bins, compute_dtype, load_hf_config, load_lm, load_tokenizer, pack, packed_length, partition
+from lib.policy import (
+    Policy,
+    bins,
+    compute_dtype,
+    load_hf_config,
+    load_lm,
+    load_tokenizer,
+    pack,
+    packed_length,
+    partition,
+    refuse_unsupported,
+)
 from lib.ranks import gather
 from loss import group_advantages, policy_loss, token_weights
 from rollout import Rollout
@@ -735,6 +746,33 @@ def test_a_model_file_that_lacks_a_tensor_is_refused_by_its_name(sharp, cpu, tmp
     save_file(weights, tmp_path / "model/model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"model: .*lacks 1 tensors, model.layers.1.mlp.up_proj.weight"):
         make(str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [("Cohere", "logit_scale 0.0625"), ("Granite", "logits_scaling 8"), ("FalconH1", "lm_head_multiplier 2.0"),
+     ("Gemma2", "final_logit_softcapping 30.0, attn_logit_softcapping 50.0"), ("MiniCPM3", "logits_scaling 2"),
+     ("Llama", None), ("Qwen2", None), ("Qwen3", None), ("Mistral", None), ("SmolLM3", None), ("Gemma", None)],
+)  # fmt: skip
+def test_scaled_or_capped_logits_are_refused_by_name_and_plain_models_are_not(name, says):
+    import transformers
+    changes = {"Granite": {"logits_scaling": 8}, "FalconH1": {"lm_head_multiplier": 2.0},
+               "MiniCPM3": {"dim_model_base": 1280}}  # fmt: skip
+    one = getattr(transformers, f"{name}Config")(**changes.get(name, {}))
+    if says is None:
+        return refuse_unsupported(one)
+    with pytest.raises(ValueError, match=f"^model: a {one.model_type} with {says}"):
+        refuse_unsupported(one)
+
+
+def test_a_granite_folder_is_refused_where_the_policy_loads_it_and_by_it_alone(tmp_path):
+    from transformers import GraniteConfig, GraniteForCausalLM
+    one = GraniteConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+                        num_key_value_heads=1, logits_scaling=8)  # fmt: skip
+    GraniteForCausalLM(one).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="^model: a granite with logits_scaling 8"):
+        load_lm(str(tmp_path), torch.float32, "packed")
+    load_lm(str(tmp_path), torch.float32, "sdpa")           # an engine's own forward scales
 
 
 def test_sliding_window_attention_is_refused_because_the_packed_forward_has_none(sharp, cpu, tmp_path):
