@@ -234,6 +234,8 @@ class VLLMEngine:
         if not cuda:  # a prompt prefilled in pieces rewinds its request's generator, which a CPU generator cannot do
             where = {"kv_cache_memory_bytes": CPU_KV_MIB << 20, "enforce_eager": True, "max_num_seqs": 64,
                      "enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, max_model_len)}  # fmt: skip
+        # what becomes one line. On CUDA the others come through whole: no memory and NCCL's errors are RuntimeErrors
+        configuration = (ValueError,) if cuda else (ValueError, RuntimeError, OSError)
         with process_settings_kept():
             LLM, self.params_class = import_vllm(cuda)
             try:
@@ -243,9 +245,8 @@ class VLLMEngine:
                     enable_sleep_mode=cuda, max_model_len=max_model_len, logprobs_mode="processed_logprobs",
                     generation_config="vllm", enable_prefix_caching=True, disable_log_stats=True, **where,
                 )  # fmt: skip
-            except ValueError if cuda else (ValueError, RuntimeError, OSError) as e:
-                # On CUDA the others come through whole: out of memory and NCCL's errors are RuntimeErrors. A pydantic
-                # error's first line only counts its errors.
+            except configuration as e:
+                # the first line of a pydantic error only counts them
                 says = e.errors()[0]["msg"] if hasattr(e, "errors") else str(e).strip().splitlines()[0]
                 raise ValueError(f"engine=vllm: vLLM cannot serve model {path!r}: {says}") from e
         self.sleep()

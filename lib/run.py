@@ -33,7 +33,7 @@ class Run:
         self.stages, self.rank, self.world, self.device = stages, rank, world, device
         self.state = {
             "stage": stages[0][0], "stage_step": 0, "stage_done": False, "step": 0, "opt_step": 0, "adam_step": 0,
-            "generated": 0, "first_gap": 0.0, "skipped_in_a_row": 0, "cursor": [0, 0], "files": {},
+            "generated": 0, "gaps": [], "skipped_in_a_row": 0, "cursor": [0, 0], "files": {},
         }  # fmt: skip
         self.out, self.stop, self.engine, self.policy = stages[0][1].out_dir, False, None, None
         self.pending = {}  # timing_s/save of a checkpoint, for the next line of the log
