@@ -118,7 +118,7 @@ def compare_with_engine(rollouts):
 
 
 def gap_limit(run, cfg):
-    """The mean |d| above which a run stops, nats a token. In bf16 the gap is rounding: 5 times the median of the run's
+    """The mean |d| above which a run stops, nats a token. In bf16 the gap is rounding: 3 times the median of the run's
     last ones. The first bounds it for good, for an engine that is never synced drifts away in small steps."""
     if cfg.max_logp_gap:
         return cfg.max_logp_gap
@@ -126,7 +126,7 @@ def gap_limit(run, cfg):
         return 1e-3
     gaps = run.state["gaps"]
     # 0.3: more is no rounding, on any step. 2e-3: half the spacing of bf16 at 1, for a policy sure of nearly all tokens
-    return min(0.3, max(0.05, 3 * gaps[0]), max(2e-3, 5 * float(np.median(gaps)))) if gaps else 0.3
+    return min(0.3, max(0.05, 3 * gaps[0]), max(2e-3, 3 * float(np.median(gaps)))) if gaps else 0.3
 
 
 def stop_if_apart(run, cfg, gap):
