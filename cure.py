@@ -22,7 +22,7 @@ from tqdm import tqdm
 from eval import evaluate
 from lib import checkpoint, data
 from lib.config import list_configs, load_config
-from lib.engine import request_seed
+from lib.engine import gap_limit, request_seed
 from lib.method import load_method
 from lib.policy import learning_rate, packed_length, partition
 from lib.ranks import end_group, gather, gather_sums, leave, one_line_errors, timed
@@ -112,18 +112,17 @@ def score(run, cfg, minibatches):
 
 def compare_with_engine(run, cfg, rollouts):
     """mean |d|, max |d| and k3 between trainer and engine over all tokens at hand, nats (loss.mismatch). RuntimeError
-    where the mean is over max_logp_gap, or over what rounding can make of a fresh sync."""
+    where the mean is over max_logp_gap, or over what rounding can make of a fresh sync (gap_limit)."""
     gap = mismatch(token_column(rollouts, lambda r: r.old_logp), token_column(rollouts, lambda r: r.engine_logp))
-    first = run.state["first_gap"] = run.state["first_gap"] or gap["mean_abs"]
-    # bf16: what it was at the run's first step, times 3. Above 0.3 it is no rounding, on any step.
-    rounding = 1e-3 if run.policy.dtype == torch.float32 else min(0.3, max(0.05, 3 * first))
-    limit = cfg.max_logp_gap or rounding
+    gaps = run.state.setdefault("gaps", [])  # of the steps before: the first and the last 15
+    limit = cfg.max_logp_gap or gap_limit(run.policy.dtype, gaps)
     if not gap["mean_abs"] <= limit:  # a nan is over it, too
         raise RuntimeError(
             f"step {run.state['step']}: engine and trainer disagree by {gap['mean_abs']:.2g} nats a token "
             f"(k3 {gap['k3']:.2g}), limit {limit:.2g}: no update was made. Was the engine synced after the last "
             "update? Same dtype, temperature and stop tokens on both sides? max_logp_gap sets the limit."
         )
+    run.state["gaps"] = [*gaps[:1], *gaps[1:][-14:], gap["mean_abs"]]
     return gap
 
 

@@ -4,10 +4,12 @@ Both have generate(prompts, n, sampling, seeds), sleep(), wake() and sync(named 
 Symbols: B prompts · n samples a prompt · L new tokens at most · V vocabulary.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import os
 import random
+import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +17,8 @@ import torch
 import torch.distributed as dist
 
 from lib.memory import engine_share
-from lib.policy import compute_dtype, load_hf_config, load_lm
+from lib.policy import compute_dtype
+from lib.weights import load_hf_config, load_lm
 
 CPU_KV_MIB = 256  # vLLM's KV cache on a CPU
 
@@ -38,6 +41,38 @@ class Completion(NamedTuple):
     finish: str  # stop | length
 
 
+def gap_limit(dtype, gaps):
+    """The mean |log-prob of engine - of trainer| above which a run stops, nats a token. gaps: of healthy steps, the
+    first one of the run and the last ones.
+
+    In fp32 a fresh sync leaves 1e-6. In bf16 the gap is rounding: the limit is 3 times its median. The first gap bounds
+    the limit for good, since an engine that is never synced again drifts away in small steps."""
+    if dtype == torch.float32:
+        return 1e-3
+    if not gaps:
+        return 0.3  # more is no rounding, on any step
+    # 2e-3: half the spacing of bf16 at 1, for a policy that is sure of nearly all tokens
+    return min(0.3, max(0.05, 3 * gaps[0]), max(2e-3, 3 * float(np.median(gaps))))
+
+
+def checked(named, params, fused=None):
+    """Pass on (HF name, full tensor) pairs. Once the engine has taken one, compare it with the engine's parameter of
+    that name, exactly, in the engine's dtype. AssertionError names a tensor that did not arrive.
+
+    params: {name: the engine's parameter}. fused: {its name of a module: the parts that it stacks, all but the first of
+    one length}. Parts may come in any order."""
+    places = {p: (module, len(ps) - i if i else 0) for module, ps in (fused or {}).items() for i, p in enumerate(ps)}
+    for name, full in named:
+        yield name, full
+        part = next((p for p in name.split(".") if p in places), "")
+        module, from_end = places.get(part, ("", 0))  # the first part, as any plain tensor, is the first rows
+        have = params.get(name.replace(f".{part}.", f".{module}."))
+        if have is not None:  # a tied head has no parameter of its own
+            start = len(have) - from_end * len(full) if from_end else 0
+            have = have[start : start + len(full)]  # an engine's vocabulary may be padded
+            assert torch.equal(have, full.to(have)), f"sync: {name} did not arrive in the engine as it was sent"
+
+
 class TorchEngine:
     """Plain transformers decoding with a KV cache: the CPU default, the version to read, and the oracle for vLLM.
 
@@ -57,13 +92,15 @@ class TorchEngine:
 
     @torch.no_grad()
     def sync(self, named):
-        """Copy every parameter from (HF name, full tensor) pairs. A missing one: AssertionError; an unknown one:
-        KeyError."""
+        """Copy every parameter from (HF name, full tensor) pairs. A missing one, or one that did not arrive:
+        AssertionError; an unknown one: KeyError."""
         self.ready = False
         params = dict(self.model.named_parameters())
-        for name, full in named:
-            params.pop(name).copy_(full)
-        assert not params, f"weights never synced to the engine: {sorted(params)[:5]}"
+        missing = set(params)
+        for name, full in checked(named, params):
+            params[name].copy_(full)
+            missing.discard(name)
+        assert not missing, f"weights never synced to the engine: {sorted(missing)[:5]}"
         self.ready = True
 
     @torch.no_grad()
@@ -154,12 +191,51 @@ def draw(logits, u, sampling):
     return token, logq.gather(-1, token[:, None])[:, 0]
 
 
+@contextlib.contextmanager
+def process_settings_kept():
+    """Put back what `import vllm` and LLM() change for the whole process: the states of the random generators, matmul
+    precision, threads, and the threads that compile the trainer's blocks (vLLM asks for one)."""
+    variable = "TORCHINDUCTOR_COMPILE_THREADS"
+    compile_threads, threads = os.environ.get(variable), torch.get_num_threads()
+    precision = torch.get_float32_matmul_precision()
+    rng = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    yield
+    random.setstate(rng[0]), np.random.set_state(rng[1]), torch.set_rng_state(rng[2])
+    torch.set_float32_matmul_precision(precision)
+    torch.set_num_threads(threads)
+    os.environ.pop(variable, None)
+    if compile_threads is not None:
+        os.environ[variable] = compile_threads
+    if inductor := sys.modules.get("torch._inductor.config"):  # it has read the variable when it was imported
+        inductor.compile_threads = inductor.decide_compile_threads()
+
+
+def import_vllm(cuda):
+    """(LLM, SamplingParams); ValueError where vllm cannot be imported."""
+    try:
+        from vllm import LLM, SamplingParams
+    except ImportError as e:
+        raise ValueError(f"engine=vllm: vllm cannot be imported here ({e}): use engine=torch, or install it") from e
+    if not cuda:  # keep Linear weights as plain tensors: the CPU's packed copies (oneDNN; AMX in bf16) would go stale
+        import vllm._custom_ops
+        import vllm.model_executor.layers.utils
+
+        vllm._custom_ops._supports_onednn = False
+        vllm.model_executor.layers.utils.check_cpu_sgl_kernel = lambda n, k, dtype: False
+    return LLM, SamplingParams
+
+
 class VLLMEngine:
     """One vLLM engine inside each torchrun rank, tensor-parallel size 1, asleep (level 2: no weights, no KV) in
     updates.
 
     Its weights only ever come from sync() (load_format="dummy"), so an unsynced parameter cannot hide. Constructing it
-    is a collective, after init_process_group and before the trainer's model (vLLM measures free memory)."""
+    is a collective, after init_process_group and before the trainer's model (vLLM measures free memory).
+
+    vLLM has two model runners. The CPU build runs V1: synchronous, no chunked prefill, no graphs, torch's generators.
+    What was measured on a CPU is of that one. On CUDA 0.32 runs V2: asynchronous scheduling, chunked prefill, CUDA
+    graphs, noise hashed from seed, position and token. So a seed gives other samples there. VLLM_USE_V2_MODEL_RUNNER=0
+    chooses V1 on CUDA too."""
 
     def __init__(self, cfg, path, device, dtype, stop_ids, max_model_len, utilization=None):
         cuda = device.type == "cuda"
@@ -168,35 +244,26 @@ class VLLMEngine:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         if not cuda:
             os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # else the first log-prob compiles a helper for seconds
-        try:
-            from vllm import LLM, SamplingParams
-        except ImportError as e:
-            raise ValueError(f"engine=vllm: vllm cannot be imported here ({e}): use engine=torch, or install it") from e
-        if not cuda:  # keep Linear weights as plain tensors: oneDNN's packed copies would go stale (CPU only)
-            import vllm._custom_ops as ops
-
-            ops._supports_onednn = False
-        self.params_class, self.stop, self.ready = SamplingParams, sorted(stop_ids), False
+        self.stop, self.ready, self.asleep = sorted(stop_ids), False, False
         where = {"gpu_memory_utilization": utilization, "hf_overrides": {"head_dtype": "float32"}}
         if not cuda:  # a prompt prefilled in pieces rewinds its request's generator, which a CPU generator cannot do
             where = {"kv_cache_memory_bytes": CPU_KV_MIB << 20, "enforce_eager": True, "max_num_seqs": 64,
                      "enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, max_model_len)}  # fmt: skip
-        threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-        rng = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        try:
-            self.llm = LLM(
-                model=path, dtype=str(dtype).removeprefix("torch."), seed=cfg.seed + dist.get_rank(),
-                tensor_parallel_size=1, distributed_executor_backend="external_launcher", load_format="dummy",
-                enable_sleep_mode=cuda, max_model_len=max_model_len, logprobs_mode="processed_logprobs",
-                generation_config="vllm", enable_prefix_caching=True, disable_log_stats=True, **where,
-            )  # fmt: skip
-        except (ValueError, RuntimeError, OSError) as e:
-            raise ValueError(f"engine=vllm: vLLM cannot serve model {path!r}: {str(e).strip().splitlines()[0]}") from e
-        # LLM() reseeds python, numpy and torch and resets matmul precision and threads: give the trainer its own back
-        random.setstate(rng[0]), np.random.set_state(rng[1]), torch.set_rng_state(rng[2])
-        torch.set_float32_matmul_precision(precision)
-        torch.set_num_threads(threads)
-        self.asleep = False
+        # what becomes one line. On CUDA the others come through whole: no memory and NCCL's errors are RuntimeErrors
+        configuration = (ValueError,) if cuda else (ValueError, RuntimeError, OSError)
+        with process_settings_kept():
+            LLM, self.params_class = import_vllm(cuda)
+            try:
+                self.llm = LLM(
+                    model=path, dtype=str(dtype).removeprefix("torch."), seed=cfg.seed + dist.get_rank(),
+                    tensor_parallel_size=1, distributed_executor_backend="external_launcher", load_format="dummy",
+                    enable_sleep_mode=cuda, max_model_len=max_model_len, logprobs_mode="processed_logprobs",
+                    generation_config="vllm", enable_prefix_caching=True, disable_log_stats=True, **where,
+                )  # fmt: skip
+            except configuration as e:
+                # the first line of a pydantic error only counts them
+                says = e.errors()[0]["msg"] if hasattr(e, "errors") else str(e).strip().splitlines()[0]
+                raise ValueError(f"engine=vllm: vLLM cannot serve model {path!r}: {says}") from e
         self.sleep()
 
     def sleep(self):
@@ -215,12 +282,15 @@ class VLLMEngine:
         self.asleep = False
 
     def sync(self, named):
-        """Load (HF name, full tensor) pairs one at a time, check that every engine parameter came, wake the KV
-        cache."""
+        """Load (HF name, full tensor) pairs one at a time, check that every engine parameter came and arrived as it
+        was sent, wake the KV cache."""
         model = self.llm.llm_engine.model_executor.driver_worker.model_runner.model
-        loaded = model.load_weights(named)
-        missing = {n for n, _ in model.named_parameters()} - set(loaded)
+        params = dict(model.named_parameters())
+        loaded = model.load_weights(checked(named, params, getattr(model, "packed_modules_mapping", {})))
+        missing = set(params) - set(loaded)
         assert not missing, f"weights never synced to the engine: {sorted(missing)[:5]}"
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # the gathered tensors: the KV cache is allocated past torch, by the driver
         self.llm.wake_up(tags=["kv_cache"])  # generate() before this would wait for ever
         assert self.llm.reset_prefix_cache(), "the prefix cache of the old weights could not be cleared"
         self.ready = True

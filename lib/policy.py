@@ -3,25 +3,19 @@
 Symbols: T packed input tokens of a micro-batch · R response tokens in it · n its rollouts · V vocabulary · D width.
 """
 
-import contextlib
 import inspect
-import os
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AttentionInterface
 from transformers.utils import logging as hf_logging
 
-from lib.files import read_json
+from lib.weights import open_lm, read_weights
 from loss import HEAD_CHUNK, logp_and_entropy
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, as torch names them
@@ -132,83 +126,6 @@ def partition(lengths, world, budget):
 
 
 # ------------------------------------------------------------------------------------------------------------ the model
-def open_lm(path, dtype, attention):
-    """A causal LM from an HF folder or hub id, safetensors only, no remote code, its weights not read yet -> (model
-    with its parameters on the meta device, {parameter name: a slice of its file, read where it is indexed}).
-    ValueError names `model`."""
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        how = {"dtype": config.dtype if dtype == "auto" else dtype, "attn_implementation": attention}
-        with torch.device("meta"):
-            lm = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **how)
-        with contextlib.suppress(OSError):  # without the file it is made from the configuration
-            lm.generation_config = GenerationConfig.from_pretrained(path)
-        stored = open_files(path)
-    except (OSError, ValueError, KeyError, SafetensorError, StrictDataclassError) as e:
-        raise ValueError(f"model: cannot load {path!r}: {str(e).splitlines()[0]}") from e
-    for copy, name in lm.all_tied_weights_keys.items():
-        if copy in stored and not torch.equal(stored[copy][...], stored.setdefault(name, stored[copy])[...]):
-            raise ValueError(f"model: {path!r} has a {copy} other than the {name} that its configuration ties it to")
-    parameters = dict(lm.named_parameters())
-    if missing := sorted(parameters.keys() - stored.keys()):
-        raise ValueError(f"model: {path!r} lacks {len(missing)} tensors, {missing[0]} for one")
-    for name, p in parameters.items():
-        kind, shape = stored[name].get_dtype(), stored[name].get_shape()
-        if kind not in ("F64", "F32", "F16", "BF16") or shape != list(p.shape):  # quantized, or of another config
-            raise ValueError(f"model: {path!r} has {name} as {kind} {shape}, not as floats {list(p.shape)}")
-    sliding = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    if attention == "packed" and sliding:
-        raise ValueError(f"model: {path!r} uses sliding-window attention, which the packed forward does not have")
-    for module in lm.modules():
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, torch.empty_like(buffer, device="cpu"))
-    lm.initialize_weights()  # as from_pretrained computes buffers; to parameters on the meta device it does nothing
-    return lm.eval(), {name: stored[name] for name in parameters}  # eval: no dropout, one function for all log-probs
-
-
-def open_files(path):
-    """{name: slice} of all tensors in the safetensors files of an HF folder or hub id. Only headers are read."""
-    if not os.path.isdir(path):
-        path = snapshot_download(path, allow_patterns=["*.safetensors", "*.json"])
-    names, index = ["model.safetensors"], read_json(f"{path}/model.safetensors.index.json")
-    if index and not os.path.exists(f"{path}/{names[0]}"):
-        names = sorted(set(index["weight_map"].values()))
-    opened = [safe_open(f"{path}/{name}", "pt") for name in names]
-    return {key: f.get_slice(key) for f in opened for key in f.keys()}
-
-
-@torch.no_grad()
-def read_weights(root, lm, weights, device):
-    """Give a model of open_lm memory on `device`, and read its weights into it, of a parameter that FSDP has sharded
-    only this rank's rows. root: the module that FSDP wraps, or lm itself."""
-    buffers = dict(lm.named_buffers())
-    root.to_empty(device=device)
-    lm.tie_weights()  # to_empty makes two of one
-    for name, buffer in lm.named_buffers():
-        buffer.copy_(buffers[name])
-    for name, p in lm.named_parameters():
-        if isinstance(p, DTensor):  # rows are cut as by torch.chunk: the last ranks may have fewer, or none
-            rows, local, mesh = p.shape[0], p.to_local(), p.device_mesh
-            first = min(rows, mesh.get_local_rank() * -(-rows // mesh.size()))
-            local.copy_(weights[name][first : first + len(local)])
-        else:
-            p.copy_(weights[name][...])
-
-
-def load_lm(path, dtype, attention):
-    """A causal LM as open_lm takes it, whole and in host memory."""
-    lm, weights = open_lm(path, dtype, attention)
-    read_weights(lm, lm, weights, "cpu")
-    return lm
-
-
-def named_from_folder(path, dtype):
-    """(HF name, full tensor) one after the other, as Policy.named_full gives them, but read from an HF folder or hub
-    id: never a second copy of the model. ValueError as open_lm, before the first one."""
-    weights = open_lm(path, dtype, "sdpa")[1]
-    return ((name, w[...].to(dtype)) for name, w in weights.items())
-
-
 class PackedLM(torch.nn.Module):
     """A causal LM whose forward ends in (logp, entropy). The head is applied *inside* the FSDP root's forward: there
     lm_head.weight is gathered, once, and stays so through all chunks and the backward."""
@@ -372,27 +289,6 @@ def compute_dtype(cfg, device):
     if cfg.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return getattr(torch, cfg.dtype)
-
-
-def load_tokenizer(path):
-    """(tokenizer, eos ids of the generation config) of an HF folder or hub id; ValueError names `model`."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"model: no tokenizer in {path!r}: {str(e).splitlines()[0]}") from e
-    try:
-        eos = GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError:  # a model without generation_config.json is fine
-        eos = None
-    return tokenizer, eos if isinstance(eos, list) else [eos]
-
-
-def load_hf_config(path):
-    """The model's configuration; ValueError names `model`."""
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, StrictDataclassError) as e:  # the last: values that contradict each other
-        raise ValueError(f"model: cannot read the configuration of {path!r}: {str(e).splitlines()[0]}") from e
 
 
 def learning_rate(cfg, step):

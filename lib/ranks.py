@@ -29,11 +29,17 @@ def init_distributed():
 
 
 def leave(main, *args):
-    """Run a script's main() and exit with its code. Ranks on the CPU skip the interpreter's shutdown. Gloo's threads
-    outlive destroy_process_group (torch 2.13: DTensor's caches hold the mesh, that holds the group). One that wants the
-    GIL then ends the process with "terminate called without an active exception": 2 of about 180 ranks."""
+    """Run a script's main() and exit with its code.
+
+    Ranks on the CPU skip the interpreter's shutdown. Gloo's threads outlive destroy_process_group (torch 2.13:
+    DTensor's caches hold the mesh, that holds the group). One that wants the GIL then ends the process with "terminate
+    called without an active exception": 2 of about 180 ranks. A finished run with vLLM on CUDA skips it too. There it
+    frees vLLM's memory pools, and in the wrong order that aborts with "pure virtual method called"."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or torch.cuda.is_available():
-        sys.exit(main(*args))
+        code = main(*args)
+        if torch.cuda.is_available() and "vllm" in sys.modules:
+            exit_at_once(code)
+        sys.exit(code)
     code = 1
     try:
         code = main(*args)
@@ -41,6 +47,11 @@ def leave(main, *args):
         code = e.code
     except BaseException:
         traceback.print_exc()
+    exit_at_once(code)
+
+
+def exit_at_once(code):
+    """End the process without the interpreter's shutdown."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code or 0)

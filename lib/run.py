@@ -19,9 +19,10 @@ from lib.engine import make_engine
 from lib.files import code_hashes, read_json, replace_file
 from lib.memory import peak_memory, utilisation
 from lib.method import method_file
-from lib.policy import Policy, compute_dtype, load_hf_config, load_tokenizer, named_from_folder, packed_length
+from lib.policy import Policy, compute_dtype, packed_length
 from lib.pool import VerifierPool
 from lib.ranks import everywhere, gather, init_distributed, timed
+from lib.weights import load_hf_config, load_tokenizer, named_from_folder
 from reward import self_test
 
 
@@ -34,7 +35,7 @@ class Run:
         self.stages, self.rank, self.world, self.device = stages, rank, world, device
         self.state = {
             "stage": stages[0][0], "stage_step": 0, "stage_done": False, "step": 0, "opt_step": 0, "adam_step": 0,
-            "generated": 0, "first_gap": 0.0, "skipped_in_a_row": 0, "cursor": [0, 0], "files": {},
+            "generated": 0, "gaps": [], "skipped_in_a_row": 0, "cursor": [0, 0], "files": {},
         }  # fmt: skip
         self.out, self.stop, self.engine, self.policy = stages[0][1].out_dir, False, None, None
         self.pending = {}  # timing_s/save of a checkpoint, for the next line of the log

@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import ROOT, largest, lines, numbers, train_lines
 from safetensors.torch import load_file
+from vllm_ranks import spoilt
 
 import cure
 import loss
@@ -132,6 +133,7 @@ def test_a_stopped_and_resumed_run_equals_the_whole_one(whole, config, tmp_path,
     assert f"resumed from step {stop_at}" in capsys.readouterr().out
     assert numbers(tmp_path) == numbers(whole)
     assert (tmp_path / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+    assert read_meta(tmp_path, 6)["gaps"] == read_meta(whole, 6)["gaps"] and len(read_meta(whole, 6)["gaps"]) == 6
     for f in sorted((whole / "ckpt/step_000006/state").iterdir()):
         a, b = load_file(f), load_file(tmp_path / "ckpt/step_000006/state" / f.name)
         assert a.keys() == b.keys() and any(k.startswith("exp_avg_sq") for k in a)
@@ -234,23 +236,61 @@ def test_covariance_variants_take_steps_of_several_minibatches_and_log_what_they
 
 
 # ------------------------------------------------------------------------------------------------------- what must be caught
-def test_a_skipped_sync_stops_the_run_at_the_next_step(config, tmp_path, monkeypatch):
-    sync = engine.TorchEngine.sync
-    calls = []
-
-    def only_once(self, named):
-        calls.append(1)
-        if len(calls) == 1:
-            return sync(self, named)
-        for _ in named:
-            pass
-        self.ready = True
-
-    monkeypatch.setattr(engine.TorchEngine, "sync", only_once)
-    with pytest.raises(RuntimeError, match="engine and trainer disagree"):
-        cure.main(["--config", config, f"out_dir={tmp_path}", "eval_data="])
-    assert [m["step"] for m in train_lines(tmp_path)] == [1]
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("how", ["skipped", "late", "short"])
+def test_a_wrong_sync_stops_the_run_before_another_step_is_trained(config, tmp_path, monkeypatch, how, dtype):
+    error, says = RuntimeError, "engine and trainer disagree"
+    if how == "short":
+        error, says = AssertionError, "weights never synced to the engine"
+    monkeypatch.setattr(engine.TorchEngine, "sync", spoilt(engine.TorchEngine.sync, how))
+    with pytest.raises(error, match=says) as e:
+        cure.main(["--config", config, f"out_dir={tmp_path}", "eval_data=", f"dtype={dtype}"])
+    print(e.value)
+    assert [m["step"] for m in train_lines(tmp_path)] == ([] if how == "short" else [1])
     torch.distributed.destroy_process_group()
+
+
+def watch(gaps, dtype=torch.bfloat16, state=None, **settings):
+    """The steps that compare_with_engine lets pass, of a run with these gaps."""
+    state = {"step": 0, "gaps": []} if state is None else state
+    run = SimpleNamespace(policy=SimpleNamespace(dtype=dtype), state=state)
+    for i, gap in enumerate(gaps):
+        run.state["step"] += 1
+        try:
+            row = SimpleNamespace(old_logp=np.array([gap], np.float32), engine_logp=np.zeros(1, np.float32))
+            cure.compare_with_engine(run, Config(**settings), [row])
+        except RuntimeError:
+            return i
+    return len(gaps)
+
+
+def test_the_guard_follows_the_gaps_of_the_run():
+    healthy = [0.02 * (1 + 0.3 * np.sin(i)) for i in range(100)]
+    assert watch(healthy) == 100 and watch([*healthy, 0.08]) == 100
+    assert watch([0.29]) == 1 and watch([0.31]) == watch([float("nan")]) == 0, "no rounding, on any step"
+    assert watch([0.002, 0.0055]) == 2 and watch([0.002, 0.0065]) == 1, "one gap is enough to know"
+    assert watch([1e-5, 1.9e-3]) == 2 and watch([1e-5, 2.1e-3]) == 1, "a policy that is sure of nearly all tokens"
+    falling = [0.03 * 0.97**i for i in range(100)]
+    assert watch(falling) == 100 and watch([*falling, 0.03]) == 100, "as its entropy falls it gets sharper"
+    drifting = watch([0.002 * 1.05**i for i in range(200)])
+    print(f"5 % more at each step: stopped at {0.002 * 1.05**drifting:.3f} nats")
+    assert 0.002 * 1.05**drifting <= 0.053, "never synced: no step is large, and the first gap ends it"
+    assert watch([9e-4] * 5, torch.float32) == 5 and watch([1e-5] * 5 + [1.1e-3], torch.float32) == 5
+    assert watch([0.4, 5.0], max_logp_gap=1.0) == 1 and watch([2e-4], torch.float32, max_logp_gap=1e-4) == 0
+
+
+def test_the_guard_goes_on_after_a_resume_as_if_there_had_been_none():
+    gaps = [0.02 * (1 + 0.3 * np.sin(i)) for i in range(60)]
+    state = {"step": 0, "gaps": []}
+    watch(gaps, state=state)
+    for at in (1, 7, 40):
+        half = {"step": 0, "gaps": []}
+        watch(gaps[:at], state=half)
+        half = json.loads(json.dumps(half))
+        watch(gaps[at:], state=half)
+        assert half == state
+    assert state["gaps"] == pytest.approx([gaps[0], *gaps[-15:]])
+    assert watch(gaps, state={"step": 5}) == 60, "an old checkpoint has none"
 
 
 @pytest.fixture
@@ -543,6 +583,31 @@ def test_precedence_is_defaults_file_stage_entry_command_line(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------------ the toy
+TOY_BF16 = ["--config", "configs/toy.yaml", "dtype=bfloat16", "engine=torch", "eval_data=", "save_every=0"]
+
+
+@pytest.mark.slow
+def test_80_healthy_steps_of_the_toy_in_bf16_raise_no_alarm(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)  # its base model is in runs/
+    small = ["prompts_per_step=8", "prompts_per_round=9", "prompts_per_minibatch=2"]
+    cure.main([*TOY_BF16, *small, f"out_dir={tmp_path}"])
+    gaps = sorted(m["mismatch/mean_abs"] for m in train_lines(tmp_path))
+    print(f"{len(gaps)} steps: gap {gaps[0]:.2g} to {gaps[-1]:.2g}, median {gaps[40]:.2g}")
+    assert len(gaps) == 80
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["skipped", "late"])
+def test_a_wrong_sync_of_the_toy_in_bf16_stops_the_run_at_the_next_step(tmp_path, monkeypatch, how):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(engine.TorchEngine, "sync", spoilt(engine.TorchEngine.sync, how))
+    with pytest.raises(RuntimeError, match="engine and trainer disagree") as e:
+        cure.main([*TOY_BF16, f"out_dir={tmp_path}"])
+    print(e.value)
+    assert [m["step"] for m in train_lines(tmp_path)] == [1]
+    torch.distributed.destroy_process_group()
+
+
 @pytest.mark.slow
 def test_the_toy_learns_from_its_own_base(tmp_path):
     """The README's first command on 2 ranks with few steps: base made once, both stages, an accuracy that rises."""

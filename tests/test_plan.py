@@ -288,7 +288,7 @@ def nothing_else(monkeypatch):
     """Whatever starts work is an error."""
     def no(*args, **kwargs):
         raise AssertionError("a plan started something")
-    for name in ("lib.run.prepare_run", "lib.policy.load_lm", "lib.toy.make_toy"):
+    for name in ("lib.run.prepare_run", "lib.weights.load_lm", "lib.toy.make_toy"):
         monkeypatch.setattr(name, no)
     monkeypatch.setattr("torch.distributed.init_process_group", no)
 

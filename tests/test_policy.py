@@ -15,21 +15,12 @@ from hypothesis import strategies as st
 
 import cure
 from lib import policy as policy_module
+from lib import weights
 from lib.config import Config
 from lib.memory import engine_share
-from lib.policy import (
-    Policy,
-    bins,
-    compute_dtype,
-    load_hf_config,
-    load_lm,
-    load_tokenizer,
-    named_from_folder,
-    pack,
-    packed_length,
-    partition,
-)
+from lib.policy import Policy, bins, compute_dtype, pack, packed_length, partition
 from lib.ranks import gather
+from lib.weights import load_hf_config, load_lm, load_tokenizer, named_from_folder, refuse_unsupported
 from loss import group_advantages, policy_loss, token_weights
 from rollout import Rollout
 
@@ -710,17 +701,17 @@ def test_a_hub_id_is_read_from_its_local_snapshot(sharp, cpu, monkeypatch):
         asked.append((name, allow_patterns))
         return sharp
 
-    monkeypatch.setattr(policy_module, "snapshot_download", snapshot)
-    stored = policy_module.open_files("somebody/model")
+    monkeypatch.setattr(weights, "snapshot_download", snapshot)
+    stored = weights.open_files("somebody/model")
     assert asked == [("somebody/model", ["*.safetensors", "*.json"])]
     assert all(torch.equal(stored[name][...], w) for name, w in plain_model(sharp).named_parameters())
-    policy_module.open_files(sharp)
+    weights.open_files(sharp)
     assert len(asked) == 1, "a folder is no hub id"
 
 
 def counted(make_it):
     """What make_it() makes, how many numbers it read from files, and whether FSDP got nothing but the meta device's."""
-    read, meta, plain, shard = [], [], policy_module.open_files, policy_module.fully_shard
+    read, meta, plain, shard = [], [], weights.open_files, policy_module.fully_shard
 
     class Slice:
         def __init__(self, stored):
@@ -736,7 +727,7 @@ def counted(make_it):
         return shard(module, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(policy_module, "open_files", lambda path: {k: Slice(v) for k, v in plain(path).items()})
+        patch.setattr(weights, "open_files", lambda path: {k: Slice(v) for k, v in plain(path).items()})
         patch.setattr(policy_module, "fully_shard", sharded)
         return make_it(), sum(read), all(meta) and len(meta) > 0
 
@@ -889,6 +880,35 @@ def test_a_model_file_that_lacks_a_tensor_is_refused_by_its_name(sharp, cpu, tmp
     save_file(weights, tmp_path / "model/model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"model: .*lacks 1 tensors, model.layers.1.mlp.up_proj.weight"):
         make(str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [("Cohere", "logit_scale 0.0625"), ("Granite", "logits_scaling 8"),
+     ("Gemma2", "final_logit_softcapping 30.0, attn_logit_softcapping 50.0, sliding-window attention"),
+     ("MiniCPM3", "logits_scaling 2"), ("Mistral", "sliding-window attention"), ("Phi", "a bias in the head"),
+     ("Llama", None), ("Qwen2", None), ("Qwen3", None), ("SmolLM3", None), ("Gemma", None)],
+)  # fmt: skip
+def test_what_the_packed_forward_lacks_is_refused_by_name_and_plain_models_are_not(name, says):
+    import transformers
+    changes = {"Granite": {"logits_scaling": 8}, "MiniCPM3": {"dim_model_base": 1280}}
+    one = getattr(transformers, f"{name}Config")(**{"num_hidden_layers": 1} | changes.get(name, {}))
+    with torch.device("meta"):
+        lm = transformers.AutoModelForCausalLM.from_config(one)
+    if says is None:
+        return refuse_unsupported(lm)
+    with pytest.raises(ValueError, match=f"^model: a {one.model_type} with {says}, which the packed forward"):
+        refuse_unsupported(lm)
+
+
+def test_a_granite_folder_is_refused_where_the_policy_loads_it_and_by_it_alone(tmp_path):
+    from transformers import GraniteConfig, GraniteForCausalLM
+    one = GraniteConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+                        num_key_value_heads=1, logits_scaling=8)  # fmt: skip
+    GraniteForCausalLM(one).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="^model: a granite with logits_scaling 8"):
+        load_lm(str(tmp_path), torch.float32, "packed")
+    load_lm(str(tmp_path), torch.float32, "sdpa")           # an engine's own forward scales
 
 
 def test_sliding_window_attention_is_refused_because_the_packed_forward_has_none(sharp, cpu, tmp_path):

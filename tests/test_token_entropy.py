@@ -10,7 +10,7 @@ import torch
 from conftest import ragged
 from test_analyze import assert_picture
 
-from lib.policy import load_lm
+from lib.weights import load_lm
 from tools import common, token_entropy
 
 

@@ -9,7 +9,7 @@ from test_analyze import assert_picture
 
 from lib.config import Config
 from lib.engine import Sampling, TorchEngine
-from lib.policy import load_lm
+from lib.weights import load_lm
 from tools import common, two_temperatures
 
 PROMPTS, SEEDS, N = [[5, 12, 3], [7, 12, 3, 10, 15], [9, 15]], [11, 22, 33], 3

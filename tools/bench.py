@@ -32,9 +32,10 @@ from lib import data, toy
 from lib.config import load_config
 from lib.engine import Sampling, TorchEngine, VLLMEngine, request_seed
 from lib.memory import forward_flops, peak_flops, peak_memory
-from lib.policy import Policy, compute_dtype, load_hf_config, load_tokenizer, pack, packed_length, partition
+from lib.policy import Policy, compute_dtype, pack, packed_length, partition
 from lib.pool import VerifierPool
 from lib.ranks import gather, init_distributed, leave, one_line_errors, timed
+from lib.weights import load_hf_config, load_tokenizer
 from loss import HEAD_CHUNK, logp_and_entropy, policy_loss
 from rollout import Rollout, token_column
 

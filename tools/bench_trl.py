@@ -33,8 +33,9 @@ from tqdm import tqdm
 from lib.config import load_config
 from lib.files import aligned
 from lib.memory import peak_memory
-from lib.policy import Policy, load_tokenizer, packed_length
+from lib.policy import Policy, packed_length
 from lib.ranks import init_distributed
+from lib.weights import load_tokenizer
 from tools import bench
 
 SHAPE, ROLLOUTS, MEAN, LONGEST = "135m", 16, 200, 1000  # tools.bench's own

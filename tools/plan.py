@@ -27,8 +27,8 @@ from lib.config import load_config
 from lib.files import aligned
 from lib.memory import GIB, GPUS, engine_room, engine_share, forward_flops, model_sizes, trainer_memory
 from lib.method import load_method
-from lib.policy import load_hf_config
 from lib.ranks import one_line_errors
+from lib.weights import load_hf_config
 
 MFU = 0.4  # of peak, in FLOPs executed (with checkpointing 0.3 of useful ones): FSDP at 7B on H100 has 0.35 to 0.5
 MBU = 0.7  # of the bandwidth while decoding

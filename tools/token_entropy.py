@@ -21,7 +21,8 @@ import torch
 
 from lib.config import Config
 from lib.files import aligned
-from lib.policy import PackedLM, compute_dtype, load_lm, load_tokenizer, pack, packed_length
+from lib.policy import PackedLM, compute_dtype, pack, packed_length
+from lib.weights import load_lm, load_tokenizer
 from loss import token_mask
 from rollout import Rollout
 from tools.common import COLOURS, LINES, command_line, for_each, look, panel, picture, read_samples, run_file, warn

@@ -86,7 +86,7 @@ def rank_tokens(group, model, temperature):
     likeliest: the five likeliest at its place as (text, probability)}. ValueError: the ids are not of its tokenizer."""
     import torch
 
-    from lib.policy import load_lm, load_tokenizer
+    from lib.weights import load_lm, load_tokenizer
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lm, (tokenizer, _) = load_lm(model, "auto", "sdpa").to(device).eval(), load_tokenizer(model)
     out = []

@@ -20,8 +20,9 @@ from lib.config import load_config
 from lib.data import Task, find_benchmark, grader, load_prompts
 from lib.engine import Sampling, TorchEngine, request_seed
 from lib.files import aligned
-from lib.policy import compute_dtype, load_tokenizer
+from lib.policy import compute_dtype
 from lib.pool import VerifierPool
+from lib.weights import load_tokenizer
 from reward import self_test
 from rollout import Rollout, grade
 from tools.common import command_line, for_each, look, panel, picture, run_file

@@ -1,0 +1,154 @@
+"""engine.py without vLLM: what arrives is compared with what was sent, what is put back, what becomes of errors."""
+
+import os
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+from lib import engine
+from lib.config import Config
+from lib.engine import VLLMEngine, checked, process_settings_kept
+
+FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+
+
+# ------------------------------------------------------------------------ what arrives in an engine
+def sent():
+    """A block with fewer kv heads than heads, an embedding, a norm and a head tied to the first, as HF names them."""
+    rows = {"embed_tokens.weight": 37, "layers.0.self_attn.q_proj.weight": 8, "layers.0.self_attn.k_proj.weight": 4,
+            "layers.0.self_attn.v_proj.weight": 4, "layers.0.self_attn.o_proj.weight": 8,
+            "layers.0.mlp.gate_proj.weight": 6, "layers.0.mlp.up_proj.weight": 6, "norm.weight": 8}  # fmt: skip
+    return {name: torch.randn(n, 8) for name, n in rows.items()} | {"lm_head.weight": torch.randn(37, 8)}
+
+
+def stacked(named, dtype):
+    """The same as vLLM keeps it: vocabulary padded, parts of a block one below the other, no tied head."""
+    out = {"embed_tokens.weight": torch.cat([named["embed_tokens.weight"], torch.zeros(27, 8)])}
+    for name in ("layers.0.self_attn.o_proj.weight", "norm.weight"):
+        out[name] = named[name].clone()
+    for module, parts in (("self_attn.qkv_proj", FUSED["qkv_proj"]), ("mlp.gate_up_proj", FUSED["gate_up_proj"])):
+        where = module.split(".")[0]
+        out[f"layers.0.{module}.weight"] = torch.cat([named[f"layers.0.{where}.{p}.weight"] for p in parts])
+    return {name: x.to(dtype) for name, x in out.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tensor_that_did_not_arrive_in_the_engine_is_named_whatever_it_is_fused_into(dtype):
+    named = sent()
+    orders = [list(named.items()), sorted(named.items()), sorted(named.items(), reverse=True)]
+    for order in orders:  # weights from a file come in the alphabet's order
+        assert dict(checked(order, stacked(named, dtype), FUSED)).keys() == named.keys()
+    for stale in set(named) - {"lm_head.weight"}:  # it has no parameter of its own
+        moved = 1 + 2**-6  # by more than bf16 rounds
+        params = stacked(named | {stale: named[stale] * moved}, dtype)
+        for order in orders:
+            with pytest.raises(AssertionError, match=f"sync: {stale} did not arrive in the engine"):
+                list(checked(order, params, FUSED))
+
+
+def test_one_weight_that_differs_by_its_last_bit_is_seen():
+    named = sent()
+    params = stacked(named, torch.bfloat16)
+    row = params["layers.0.self_attn.qkv_proj.weight"][9:10, 3:4]  # of k_proj
+    row.view(torch.int16).bitwise_xor_(1)
+    with pytest.raises(AssertionError, match="k_proj"):
+        list(checked(named.items(), params, FUSED))
+
+
+# --------------------------------------------------------------------------------- what is put back
+@pytest.mark.parametrize("asked", [None, "3"])
+def test_what_import_vllm_sets_for_the_whole_process_is_put_back(monkeypatch, asked):
+    from torch._inductor import config as inductor
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
+    if asked:
+        monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", asked)
+
+    def state():
+        draws = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+        return draws, torch.get_num_threads(), torch.get_float32_matmul_precision(), \
+            os.environ.get("TORCHINDUCTOR_COMPILE_THREADS")  # fmt: skip
+
+    before, threads = state(), inductor.decide_compile_threads()
+    assert threads == int(asked or threads)
+    with inductor.patch("compile_threads", threads):
+        with process_settings_kept():
+            random.seed(1), np.random.seed(1), torch.manual_seed(1)
+            torch.set_num_threads(before[1] + 1)
+            torch.set_float32_matmul_precision("medium")
+            os.environ["TORCHINDUCTOR_COMPILE_THREADS"], inductor.compile_threads = "1", 1
+        assert state() == before and inductor.compile_threads == threads
+
+
+# --------------------------------------------------------------------------- what becomes of errors
+class Counted(ValueError):
+    """As pydantic's ValidationError, whose first line says nothing."""
+
+    def __str__(self):
+        return "1 validation error for VllmConfig\n  Value error, no Triton"
+
+    def errors(self):
+        return [{"msg": "Value error, no Triton"}]
+
+
+def start(monkeypatch, device, error):
+    def LLM(**settings):
+        raise error
+
+    monkeypatch.setattr(engine, "import_vllm", lambda cuda: (LLM, None))
+    monkeypatch.setattr(engine.dist, "get_rank", lambda: 0)
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine sets these: put back after the test
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    VLLMEngine(Config(), "some/model", torch.device(device), torch.bfloat16, {1}, 128, 0.5)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("error, says", [(ValueError("too\nlong"), "too"), (Counted(), "Value error, no Triton")])
+def test_what_vllm_says_of_the_configuration_is_one_line(monkeypatch, device, error, says):
+    with pytest.raises(ValueError) as e:
+        start(monkeypatch, device, error)
+    assert str(e.value) == f"engine=vllm: vLLM cannot serve model 'some/model': {says}"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("NCCL"), torch.OutOfMemoryError("no memory"), OSError("disk")])
+def test_on_cuda_every_other_error_of_vllm_comes_through_whole(monkeypatch, error):
+    with pytest.raises(type(error)) as e:
+        start(monkeypatch, "cuda", error)
+    assert e.value is error
+    with pytest.raises(ValueError, match="vLLM cannot serve model"):
+        start(monkeypatch, "cpu", error)
+
+
+# ----------------------------------------------------------------------------------- how a run ends
+SCRIPT = """
+import atexit, os, sys, types
+import torch
+from lib.ranks import leave
+torch.cuda.is_available = lambda: {cuda}
+if {vllm}:
+    sys.modules["vllm"] = types.ModuleType("vllm")
+atexit.register(os._exit, 134)      # a finalizer that aborts
+def main():
+    print("done")
+    {last}
+leave(main)
+"""
+
+
+@pytest.mark.parametrize(
+    "cuda, vllm, last, code",
+    [(True, True, "return 0", 0), (True, True, "return 2", 2), (True, False, "return 0", 134),
+     (False, True, "return 0", 134), (True, True, "raise RuntimeError('no update was made')", 134)],
+)  # fmt: skip
+def test_a_finished_run_on_cuda_exits_0_whatever_the_finalizers_of_vllm_do(cuda, vllm, last, code):
+    script = SCRIPT.format(cuda=cuda, vllm=vllm, last=last)
+    env = os.environ | {"PYTHONPATH": str(ROOT), "WORLD_SIZE": "1"}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == code
+    assert code == 134 or done.stdout == "done\n", "what was printed is not lost"
+    assert ("no update was made" in done.stderr) == ("raise" in last), "a failed run shows its traceback"
