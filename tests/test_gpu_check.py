@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -225,6 +226,60 @@ def test_mistakes_are_one_line(argv, says, capsys):
     with pytest.raises(SystemExit) as e:
         gpu_check.main(argv)
     assert e.value.code == 2 and capsys.readouterr().err.startswith(f"error: {says}")
+
+
+class PretendedGPU:
+    """What the lines ask torch.cuda about memory: a GPU with `free` of 80 GiB, where an update takes `peak`."""
+
+    def __init__(self, monkeypatch, free, peak=0.0):
+        gib = 2**30
+        answers = {
+            "is_available": True, "mem_get_info": (int(free * gib), 80 * gib), "empty_cache": None, "synchronize": None,
+            "memory_allocated": 5 * gib, "max_memory_allocated": int((5 + peak) * gib), "get_device_name": "NVIDIA X",
+            "reset_peak_memory_stats": None, "get_device_capability": (9, 0),
+        }  # fmt: skip
+        for name, answer in answers.items():
+            monkeypatch.setattr(torch.cuda, name, lambda *args, answer=answer: answer)
+        monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 29, 7))
+
+
+def test_engine_and_trainer_that_leave_too_little_room_fail(check, monkeypatch):
+    names = "engine_start", "trainer_start", "wake_and_sync", "engine_sleep"
+    PretendedGPU(monkeypatch, free=60)
+    rows = check(*names)
+    assert set(statuses(rows).values()) == {"PASS"}
+    numbers = rows["engine_start"]["numbers"]
+    assert numbers["GiB free before"] == numbers["after"] == 60 and 0 < numbers["planned for what follows"] < 1
+    PretendedGPU(monkeypatch, free=0.001)
+    rows = check(*names)
+    assert set(statuses(rows).values()) == {"FAIL"} and "Lower gpu_memory_utilization" in rows["wake_and_sync"]["do"]
+
+
+def test_an_update_over_the_plan_fails_and_one_that_cannot_fit_is_left_out(check, monkeypatch):
+    for peak, status in ((0.2, "PASS"), (3, "FAIL")):
+        PretendedGPU(monkeypatch, free=60, peak=peak)
+        rows = check("peak_memory")
+        assert statuses(rows) == {"update": "PASS", "peak_memory": status}
+        assert rows["peak_memory"]["numbers"]["update, GiB"] == pytest.approx(peak)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**20, 2**20))
+    assert statuses(check("peak_memory")) == {"update": "LEFT OUT", "peak_memory": "LEFT OUT"}
+
+
+@pytest.mark.parametrize("driver, holds", [("580.65.06", True), ("570.12", False)])
+def test_an_old_driver_fails(monkeypatch, driver, holds):
+    PretendedGPU(monkeypatch, free=60)
+    monkeypatch.setattr(gpu_check.subprocess, "run", lambda *args, **kwargs: SimpleNamespace(stdout=f"{driver}\n" * 8))
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(gpu_check.os.path, "exists", lambda path: True)
+    found = gpu_check.environment(None, None)
+    assert found[0] == holds and found[1]["driver"] == driver and found[1]["capability"] == "9.0"
+
+
+def test_a_process_that_does_not_end_well_fails(check, monkeypatch):
+    monkeypatch.setattr(gpu_check.subprocess, "run", lambda *args, **kwargs: SimpleNamespace(
+        returncode=-6, stderr="pure virtual method called\nterminate called"))  # fmt: skip
+    row = check("clean_exit")["clean_exit"]
+    assert row["status"] == "FAIL" and row["numbers"] == {"exit code": -6, "last line": "terminate called"}
 
 
 @pytest.mark.slow

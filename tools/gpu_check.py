@@ -78,7 +78,7 @@ def clean_exit(run, cfg):
             f"engine={cfg.engine}", f"out={run.out}/exit.json"]  # fmt: skip
     env = {k: v for k, v in os.environ.items() if k not in toy.LAUNCHER and not k.startswith("TORCHELASTIC")}
     done = subprocess.run(argv, cwd=HERE, env=env, capture_output=True, text=True, timeout=PATIENCE / 2)
-    last = {"last line": done.stderr.strip().splitlines()[-1]} if done.returncode else {}
+    last = {"last line": (done.stderr.strip() or "none").splitlines()[-1]} if done.returncode else {}
     return done.returncode == 0, {"exit code": done.returncode} | last
 
 

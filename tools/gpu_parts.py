@@ -48,11 +48,14 @@ def metered(numbers):
         numbers |= {"GiB free before": before, "after": free_gib()}
 
 
-def planned(run, cfg, peak, resident=()):
-    """GiB that the trainer will take of this GPU in a log-prob pass (peak 0) or an update (1), what is `resident`
-    already left out. So is the plan's reserve: it is for CUDA and NCCL, which have started."""
+def planned(run, cfg, peak):
+    """GiB that the trainer will still take of this GPU at a log-prob pass (peak 0) or an update (1), by the run's own
+    plan. Not what it holds already, and not the plan's reserve: CUDA and NCCL, for which that is, have started."""
+    held = ["reserve"]
+    if run.policy:
+        held += ["fp32 weights", "Adam moments"] if run.policy.opt.state else ["fp32 weights"]
     parts = trainer_memory(cfg, run.config, run.world)[peak]
-    return sum(v for k, v in parts.items() if k not in ("reserve", *resident)) / GIB
+    return sum(v for k, v in parts.items() if k not in held) / GIB
 
 
 def roomy(numbers, need):
@@ -63,9 +66,6 @@ def roomy(numbers, need):
 
 
 # --------------------------------------------------------------------------------------------------- start and weights
-STATE = ("fp32 weights", "Adam moments")
-
-
 def engine_start(run, cfg):
     """The engine starts, before the trainer, and sleeps. The GPU then has room for the trainer's update."""
     numbers = {}
@@ -80,7 +80,7 @@ def trainer_start(run, cfg):
     with metered(numbers):
         run.policy = policy.Policy(cfg, run.path, run.device)
     numbers["highest GiB of the process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return roomy(numbers, planned(run, cfg, 1, STATE[: 1 + bool(run.policy.opt.state)])), numbers
+    return roomy(numbers, planned(run, cfg, 1)), numbers
 
 
 def sharded_gradient(run, cfg):
@@ -115,7 +115,7 @@ def wake_and_sync(run, cfg):
     with metered(numbers):
         run.refresh(clock)
     numbers |= {f"{k} seconds": clock[f"timing_s/{k}"] for k in ("wake", "sync")}
-    return roomy(numbers, planned(run, cfg, 0, STATE)), numbers
+    return roomy(numbers, planned(run, cfg, 0)), numbers
 
 
 # ------------------------------------------------------------------------------------------------- engine and trainer
@@ -198,11 +198,11 @@ def same_seed_twice(run, cfg):
 def generation_speed(run, cfg):
     """Tokens/s of base responses (round 1) and branches (round 2), with the prefix cache of round 1 and without."""
     numbers, n = {}, 32 if torch.cuda.is_available() else 4
-    for cache in ("kept", "cleared") if hasattr(run.engine, "llm") else ("none",):
-        rows = sample(run, cfg, n, cache, clock := {}, cache == "cleared")
-        for name, parent in (("round 1", -1), ("round 2", 0)):
+    for cache in ("cleared", "kept") if hasattr(run.engine, "llm") else ("none",):
+        rows = sample(run, cfg, n, cache, clock := {}, forget=cache == "cleared")
+        for name, label, parent in (("round 1", "round 1", -1), ("round 2", f"round 2, cache {cache}", 0)):
             tokens = sum(len(r.response_ids) for r in rows if r.parent == parent)
-            numbers[f"{name}, cache {cache}"] = tokens / clock[f"timing_s/{name}"] / run.world
+            numbers[label] = tokens / clock[f"timing_s/{name}"] / run.world  # of round 1 the later one stays
     return NUMBER, numbers
 
 
@@ -228,7 +228,7 @@ def engine_sleep(run, cfg):
     numbers = {}
     with metered(numbers):
         run.engine.sleep()
-    return roomy(numbers, planned(run, cfg, 1, STATE)), numbers
+    return roomy(numbers, planned(run, cfg, 1)), numbers
 
 
 def skipped_sync(run, cfg):
@@ -273,12 +273,12 @@ def save_and_resume(run, cfg):
 def timed_update(run, cfg, name):
     """The optimizer step by a trainer of its own -> response tokens/s, useful FLOP/s, memory. It holds if the gradient
     norm is that of the first variant."""
-    need = planned(run, cfg, 1)
-    if torch.cuda.is_available() and need > (total := torch.cuda.mem_get_info()[1] / GIB):
-        return LEFT_OUT, {"GiB planned": need, "GiB of the GPU": total}
     if run.engine:
         run.engine.sleep()
     run.policy = None
+    need = planned(run, cfg, 1)
+    if torch.cuda.is_available() and need > (total := torch.cuda.mem_get_info()[1] / GIB):
+        return LEFT_OUT, {"GiB planned": need, "GiB of the GPU": total}
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()  # torch counts vLLM's pool, and does so while that sleeps. 0 without a GPU
