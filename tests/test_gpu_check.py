@@ -1,6 +1,8 @@
 """tools/gpu_check.py: each thing that can be wrong, put in by hand, turns its line to FAIL. A healthy CPU passes."""
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -85,8 +87,11 @@ def test_a_trainer_that_sees_neighbours_is_apart_from_the_engine(check, monkeypa
 
 def kernel(diagonal):
     """torch's varlen_attn on a CPU, the diagonal of (n queries, m keys) where `diagonal` says."""
+    taken = inspect.signature(kernels.varlen_attn)
 
-    def varlen_attn(q, k, v, cu_q, cu_k, longest_q, longest_k, *, window_size, enable_gqa=False):
+    def varlen_attn(q, k, v, cu_q, cu_k, longest_q, longest_k, **named):
+        taken.bind(q, k, v, cu_q, cu_k, longest_q, longest_k, **named)
+        window_size = named["window_size"]
         assert window_size == (-1, 0) and int(cu_q.diff().max()) == longest_q and int(cu_k.diff().max()) == longest_k
         out = []
         for a, b, c, d in zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False):
@@ -300,3 +305,11 @@ def test_a_healthy_cpu_fails_nothing_and_leaves_a_file_for_an_issue(tmp_path, ra
     assert left == {line.check.__name__ for line in gpu_check.LINES if "GPU" in line.needs}
     assert set(statuses(rows).values()) == {"PASS", "NUMBER", "LEFT OUT"}
     assert all(name in done.stdout and row["means"] in done.stdout for name, row in rows.items())
+
+
+def test_the_commands_of_the_page_are_understood():
+    page = (ROOT / "docs/gpu.md").read_text()
+    commands = re.findall(r"^.*-m tools\.gpu_check ?(.*?)(?: +#.*)?$", page, re.M)
+    shapes = [gpu_check.arguments(argv.split())[0] for argv in commands]
+    print(f"{commands} -> {shapes}")
+    assert shapes == ["toy", "7b"], "without a GPU the first is the toy's"

@@ -30,7 +30,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from lib import toy
@@ -38,7 +37,7 @@ from lib.checkpoint import LOGS
 from lib.config import HERE, load_config
 from lib.files import replace_file
 from lib.policy import load_tokenizer
-from lib.ranks import end_group, gather, init_distributed, leave, one_line_errors
+from lib.ranks import end_group, everywhere, gather, init_distributed, leave, one_line_errors
 from lib.run import Run, versions
 from tools import bench
 from tools import gpu_kernels as kernels
@@ -101,7 +100,7 @@ ROOM = "Is another process on the GPU? Lower gpu_memory_utilization or micro_bat
 RUNNER = "Set VLLM_USE_V2_MODEL_RUNNER=0. If the line passes then, train with it. Open an issue."
 ENGINE = f"An error: {RUNNER} No room: {ROOM}"
 LINES = [
-    Line(environment, "GPU", "Install driver 580 or newer (CUDA 13.0), gcc and python3-dev. No GPU under 8.0 will do."),
+    Line(environment, "GPU", "Driver 580 or newer is for CUDA 13.0. apt install gcc python3-dev. Capability: 8.0 or more."),
     Line(kernels.packed_attention, "", WRONG),
     Line(kernels.empty_sequences, "", f"Leave compile off. {WRONG}"),
     Line(kernels.causal_alignment, "GPU", "Go on: no such attention is trained with here. Open an issue."),
@@ -230,13 +229,15 @@ def prepare(cfg, shape, folder, rank, world, device):
     run = Run([("gpu_check", cfg)], rank, world, device)
     run.path, run.out, run.gap, run.norm, run.peaks = f"{folder}/model", f"{folder}/run", None, None, {}
     run.config = toy.toy_config() if shape == "toy" else bench.shape_config(shape)
-    if rank == 0:
+
+    def write():
         random_model(run.config, run.path, device)
-        release()
         os.makedirs(f"{run.out}/ckpt")
         for log in LOGS:
             open(f"{run.out}/{log}", "w").close()
-    dist.barrier()
+
+    everywhere(write if rank == 0 else None)
+    release()
     run.tokenizer = load_tokenizer(run.path)[0]
     return run
 

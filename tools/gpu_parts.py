@@ -19,7 +19,7 @@ from lib import checkpoint, policy
 from lib.engine import Sampling, make_engine, request_seed
 from lib.memory import GIB, trainer_memory, utilisation
 from lib.method import load_method
-from lib.ranks import gather, timed
+from lib.ranks import everywhere, gather, timed
 from rollout import Rollout
 from tools import bench
 
@@ -92,10 +92,14 @@ def sharded_gradient(run, cfg):
     run.policy.new_optimizer(cfg)
     for micro in mine:
         loss(micro, *run.policy.forward(micro, 1.0)).backward()
-    if run.rank == 0:
+    true = {}
+
+    def on_one_rank():
         plain = policy.PackedLM(policy.load_lm(run.path, run.policy.dtype, "packed").to(run.device))
         loss(rows, *plain(**policy.pack(rows, run.device), temperature=1.0)).backward()
-        true = {name: p.grad for name, p in plain.named_parameters()}
+        true.update((name, p.grad) for name, p in plain.named_parameters())
+
+    everywhere(on_one_rank if run.rank == 0 else None)
     apart = total = 0.0
     for name, p in run.policy.model.named_parameters():
         full = p.grad.full_tensor()  # a collective
