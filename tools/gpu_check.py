@@ -100,7 +100,7 @@ ROOM = "Is another process on the GPU? Lower gpu_memory_utilization or micro_bat
 RUNNER = "Set VLLM_USE_V2_MODEL_RUNNER=0. If the line passes then, train with it. Open an issue."
 ENGINE = f"An error: {RUNNER} No room: {ROOM}"
 LINES = [
-    Line(environment, "GPU", "Driver 580 or newer is for CUDA 13.0. apt install gcc python3-dev. Capability: 8.0 or more."),
+    Line(environment, "GPU", "Driver 580 or newer, apt install gcc python3-dev, capability 8.0 or more."),
     Line(kernels.packed_attention, "", WRONG),
     Line(kernels.empty_sequences, "", f"Leave compile off. {WRONG}"),
     Line(kernels.causal_alignment, "GPU", "Go on: no such attention is trained with here. Open an issue."),
@@ -252,7 +252,7 @@ def report(run, shape, argv, rows):
         "device": torch.cuda.get_device_name() if cuda else "cpu", "ranks": run.world,
         "GiB": torch.cuda.mem_get_info()[1] / parts.GIB if cuda else None,
         "versions": versions(run) | {"cuda": torch.version.cuda, "nccl": torch.cuda.nccl.version() if cuda else None},
-        "environment": {k: os.environ[k] for k in names if k in os.environ}, "settings": vars(run.stages[0][1]),
+        "environment": {k: os.environ[k] for k in names if k in os.environ}, "settings": vars(run.stages[0][1]) | {"model": "random weights", "data": ""},
     }  # fmt: skip
     head["failed"] = sum(row["status"] == "FAIL" for row in rows)
     return json.dumps(head | {"lines": rows}, indent=1)
