@@ -252,7 +252,8 @@ def report(run, shape, argv, rows):
         "device": torch.cuda.get_device_name() if cuda else "cpu", "ranks": run.world,
         "GiB": torch.cuda.mem_get_info()[1] / parts.GIB if cuda else None,
         "versions": versions(run) | {"cuda": torch.version.cuda, "nccl": torch.cuda.nccl.version() if cuda else None},
-        "environment": {k: os.environ[k] for k in names if k in os.environ}, "settings": vars(run.stages[0][1]) | {"model": "random weights", "data": ""},
+        "environment": {k: os.environ[k] for k in names if k in os.environ},
+        "settings": vars(run.stages[0][1]) | {"model": "random weights", "data": ""},
     }  # fmt: skip
     head["failed"] = sum(row["status"] == "FAIL" for row in rows)
     return json.dumps(head | {"lines": rows}, indent=1)
