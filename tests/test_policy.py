@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import cure
 from lib import policy as policy_module
-from lib import weights
+from lib import weights as weights_module
 from lib.config import Config
 from lib.memory import engine_share
 from lib.policy import Policy, bins, compute_dtype, pack, packed_length, partition
@@ -701,17 +701,17 @@ def test_a_hub_id_is_read_from_its_local_snapshot(sharp, cpu, monkeypatch):
         asked.append((name, allow_patterns))
         return sharp
 
-    monkeypatch.setattr(weights, "snapshot_download", snapshot)
-    stored = weights.open_files("somebody/model")
+    monkeypatch.setattr(weights_module, "snapshot_download", snapshot)
+    stored = weights_module.open_files("somebody/model")
     assert asked == [("somebody/model", ["*.safetensors", "*.json"])]
     assert all(torch.equal(stored[name][...], w) for name, w in plain_model(sharp).named_parameters())
-    weights.open_files(sharp)
+    weights_module.open_files(sharp)
     assert len(asked) == 1, "a folder is no hub id"
 
 
 def counted(make_it):
     """What make_it() makes, how many numbers it read from files, and whether FSDP got nothing but the meta device's."""
-    read, meta, plain, shard = [], [], weights.open_files, policy_module.fully_shard
+    read, meta, plain, shard = [], [], weights_module.open_files, policy_module.fully_shard
 
     class Slice:
         def __init__(self, stored):
@@ -727,7 +727,7 @@ def counted(make_it):
         return shard(module, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights, "open_files", lambda path: {k: Slice(v) for k, v in plain(path).items()})
+        patch.setattr(weights_module, "open_files", lambda path: {k: Slice(v) for k, v in plain(path).items()})
         patch.setattr(policy_module, "fully_shard", sharded)
         return make_it(), sum(read), all(meta) and len(meta) > 0
 
@@ -886,7 +886,7 @@ def test_a_model_file_that_lacks_a_tensor_is_refused_by_its_name(sharp, cpu, tmp
     "name, says",
     [("Cohere", "logit_scale 0.0625"), ("Granite", "logits_scaling 8"),
      ("Gemma2", "final_logit_softcapping 30.0, attn_logit_softcapping 50.0, sliding-window attention"),
-     ("MiniCPM3", "logits_scaling 2"), ("Mistral", "sliding-window attention"), ("Phi", "a bias in the head"),
+     ("MiniCPM3", "logits_scaling 2.0"), ("Mistral", "sliding-window attention"), ("Phi", "a bias in the head"),
      ("Llama", None), ("Qwen2", None), ("Qwen3", None), ("SmolLM3", None), ("Gemma", None)],
 )  # fmt: skip
 def test_what_the_packed_forward_lacks_is_refused_by_name_and_plain_models_are_not(name, says):

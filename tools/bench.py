@@ -61,10 +61,15 @@ def shape_config(shape):
     )  # fmt: skip
 
 
-def random_model(config, folder):
-    """An HF folder with random weights of this shape, and the toy's tokenizer: the engines want one."""
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
+def random_model(config, folder, device, last_norm=1.0):
+    """An HF folder with random weights of this shape, and the toy's tokenizer: the engines want one. last_norm: the
+    weights of the norm before the head, to which logits are proportional."""
+    cuda = device.type == "cuda"
+    with torch.random.fork_rng([device] if cuda else []), device:
+        torch.manual_seed(0)
+        lm = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if cuda else torch.float32)
+    torch.nn.init.constant_(lm.base_model.norm.weight, last_norm)
+    lm.save_pretrained(folder)
     toy.make_toy(f"{folder}/toy", n_train=1, n_heldout=1, n_sft=1)
     load_tokenizer(f"{folder}/toy")[0].save_pretrained(folder)
 
@@ -358,12 +363,12 @@ def main(argv):
     """The parts of --only, one after the other: a table and a JSON line on rank 0."""
     with one_line_errors():
         args, cfg = arguments(argv)
-    rank, world, _ = init_distributed()
+    rank, world, device = init_distributed()
     with tempfile.TemporaryDirectory() as tmp:
         path = cfg.model if args.real else gather([tmp])[0]
         config = load_hf_config(path) if args.real else shape_config(args.shape)
         if rank == 0 and not args.real:
-            random_model(config, path)
+            random_model(config, path, device)
         dist.barrier()
         b = Bench(args, cfg, config, path)
         if {"rollout", "sync"} & set(args.parts):

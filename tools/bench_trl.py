@@ -116,7 +116,7 @@ def measure(settings, config, rows, turns):
     """Let a process for each of `settings`, {worker: its micro-batch}, take turns -> {worker: array (turns, 5)}."""
     spawn, pipes, seen = multiprocessing.get_context("spawn"), {}, {name: [] for name in settings}
     with tempfile.TemporaryDirectory() as folder:
-        bench.random_model(config, folder)
+        bench.random_model(config, folder, torch.device("cpu"))
         for name, size in settings.items():
             pipes[name], theirs = spawn.Pipe()
             spawn.Process(target=globals()[name], args=(theirs, folder, rows, size, turns), daemon=True).start()

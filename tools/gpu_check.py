@@ -30,15 +30,14 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from lib import toy
 from lib.checkpoint import LOGS
 from lib.config import HERE, load_config
 from lib.files import replace_file
-from lib.policy import load_tokenizer
 from lib.ranks import end_group, everywhere, gather, init_distributed, leave, one_line_errors
 from lib.run import Run, versions
+from lib.weights import load_tokenizer
 from tools import bench
 from tools import gpu_kernels as kernels
 from tools import gpu_parts as parts
@@ -208,30 +207,19 @@ def arguments(argv):
     return own["shape"], only, own["out"], cfg
 
 
-def random_model(config, folder, device):
-    """An HF folder with random weights, and with the toy's tokenizer, since the engines want one.
+def prepare(cfg, shape, folder, rank, world, device):
+    """A model of this shape with random weights in `folder` -> Run, with nothing started. A collective.
 
     The usual start makes all tokens about as likely, and nothing would show. Here every block adds about as much as its
     input, and the last norm makes logits some 3 nats wide."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    config.initializer_range = config.hidden_size**-0.5
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
-        torch.manual_seed(0)
-        lm = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    torch.nn.init.constant_(lm.base_model.norm.weight, 3.0)
-    lm.save_pretrained(folder)
-    toy.make_toy(f"{folder}/toy", n_train=1, n_heldout=1, n_sft=1)
-    load_tokenizer(f"{folder}/toy")[0].save_pretrained(folder)
-
-
-def prepare(cfg, shape, folder, rank, world, device):
-    """A model of this shape in `folder`, the same one on all ranks -> Run, with nothing started. A collective."""
     run = Run([("gpu_check", cfg)], rank, world, device)
     run.path, run.out, run.gap, run.norm, run.peaks = f"{folder}/model", f"{folder}/run", None, None, {}
     run.config = toy.toy_config() if shape == "toy" else bench.shape_config(shape)
 
+    run.config.initializer_range = run.config.hidden_size**-0.5
+
     def write():
-        random_model(run.config, run.path, device)
+        bench.random_model(run.config, run.path, device, last_norm=3.0)
         os.makedirs(f"{run.out}/ckpt")
         for log in LOGS:
             open(f"{run.out}/{log}", "w").close()

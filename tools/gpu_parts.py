@@ -6,6 +6,7 @@ in the order in which they run: the engine starts before the trainer, and sleeps
 
 import contextlib
 import gc
+import math
 import random
 import resource
 from dataclasses import replace
@@ -20,6 +21,7 @@ from lib.engine import Sampling, make_engine, request_seed
 from lib.memory import GIB, trainer_memory, utilisation
 from lib.method import load_method
 from lib.ranks import everywhere, gather, timed
+from lib.weights import load_lm
 from rollout import Rollout
 from tools import bench
 
@@ -51,9 +53,7 @@ def metered(numbers):
 def planned(run, cfg, peak):
     """GiB that the trainer will still take of this GPU at a log-prob pass (peak 0) or an update (1), by the run's own
     plan. Not what it holds already, and not the plan's reserve: CUDA and NCCL, for which that is, have started."""
-    held = ["reserve"]
-    if run.policy:
-        held += ["fp32 weights", "Adam moments"] if run.policy.opt.state else ["fp32 weights"]
+    held = ["reserve", "fp32 weights", "Adam moments"] if run.policy else ["reserve"]
     parts = trainer_memory(cfg, run.config, run.world)[peak]
     return sum(v for k, v in parts.items() if k not in held) / GIB
 
@@ -95,7 +95,7 @@ def sharded_gradient(run, cfg):
     true = {}
 
     def on_one_rank():
-        plain = policy.PackedLM(policy.load_lm(run.path, run.policy.dtype, "packed").to(run.device))
+        plain = policy.PackedLM(load_lm(run.path, run.policy.dtype, "packed").to(run.device))
         loss(rows, *plain(**policy.pack(rows, run.device), temperature=1.0)).backward()
         true.update((name, p.grad) for name, p in plain.named_parameters())
 
@@ -157,7 +157,7 @@ def sample(run, cfg, n, seed, clock=None, forget=False):
 def gap_of(run, cfg, rows):
     """Score rollouts as a training step does -> the mean |d| of trainer and engine, and the others of loss.mismatch."""
     cure.score(run, cfg, cure.cut_minibatches(cfg, rows, run.world))
-    return cure.compare_with_engine(rows)
+    return cure.compare_with_engine(run, replace(cfg, max_logp_gap=math.inf), rows)
 
 
 def distance_to_best(hidden, weight, tokens, temperature, chunk):
