@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from lib.memory import engine_share
+from lib.memory import engine_share, this_gpu
 from lib.policy import compute_dtype
 from lib.weights import load_hf_config, load_lm
 
@@ -338,6 +338,6 @@ def make_engine(run, path, stop_ids, trainer=True):
         share = cfg.gpu_memory_utilization or 0.9  # vLLM's own default
     elif run.device.type == "cuda":
         widest = max((c for _, c in run.stages), key=lambda c: c.max_prompt_tokens + c.max_response_tokens)
-        share, report = engine_share(widest, load_hf_config(path), run.world, torch.cuda.mem_get_info()[1])
+        share, report = engine_share(widest, load_hf_config(path), run.world, this_gpu())
         run.print(report)
     return VLLMEngine(cfg, path, run.device, dtype, stop_ids, longest, share)

@@ -18,16 +18,28 @@ class GPU(NamedTuple):
     memory: float  # GiB as torch reports it, a little under the label
     bandwidth: float  # HBM or GDDR, bytes/s
     link: float  # to the other GPUs, one direction, bytes/s: NVLink, or PCIe 4.0 x16
-    slots: int  # sequences vLLM 0.32 decodes at a time: 1024 from 70 GiB on (not A100), else 256 (get_batch_defaults)
 
 
 GPUS = {  # NVIDIA's datasheets; 4090: Ada white paper
-    "h100": GPU("H100 SXM", 989e12, 79.1, 3.35e12, 450e9, 1024),
-    "h200": GPU("H200 SXM", 989e12, 139.8, 4.8e12, 450e9, 1024),
-    "a100": GPU("A100 SXM 80GB", 312e12, 79.1, 2.04e12, 300e9, 256),
-    "l40s": GPU("L40S", 362e12, 44.4, 0.864e12, 32e9, 256),
-    "rtx4090": GPU("RTX 4090", 165e12, 23.6, 1.008e12, 32e9, 256),
+    "h100": GPU("H100 SXM", 989e12, 79.1, 3.35e12, 450e9),
+    "h200": GPU("H200 SXM", 989e12, 139.8, 4.8e12, 450e9),
+    "a100": GPU("A100 SXM 80GB", 312e12, 79.1, 2.04e12, 300e9),
+    "l40s": GPU("L40S", 362e12, 44.4, 0.864e12, 32e9),
+    "rtx4090": GPU("RTX 4090", 165e12, 23.6, 1.008e12, 32e9),
 }
+
+
+def this_gpu():
+    """The GPU at hand: its own name and memory, and the rates of its entry in GPUS, 0 where it has none."""
+    name = torch.cuda.get_device_name()
+    known = [gpu for key, gpu in GPUS.items() if key in name.lower().replace(" ", "") and "pcie" not in name.lower()]
+    rates = known[0] if known else GPU("", 0, 0, 0, 0)
+    return rates._replace(name=name, memory=torch.cuda.mem_get_info()[1] / GIB)
+
+
+def engine_batch(gpu):
+    """(sequences that vLLM 0.32 decodes at a time, tokens that it computes at a time): its get_batch_defaults."""
+    return (1024, 16384) if gpu.memory >= 70 and "a100" not in gpu.name.lower() else (256, 8192)
 
 
 class Sizes(NamedTuple):
@@ -41,6 +53,7 @@ class Sizes(NamedTuple):
     head: int  # weights of the head's matrix product
     heads: int  # query heads x their width
     kv: int  # key heads x their width
+    normed: int  # of both, what has a norm of its own before attention (Qwen3's q_norm and k_norm)
     kv_bytes: int  # one cached token: keys and values of all blocks in bf16
 
 
@@ -63,8 +76,9 @@ def model_sizes(config):
         layers, head = len(blocks), width * config.vocab_size
         head_dim = getattr(config, "head_dim", None) or width // config.num_attention_heads
         heads, kv = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+        normed = heads + kv if hasattr(blocks[0].self_attn, "q_norm") else 0
         root, kv_bytes = params - layers * block, 2 * 2 * kv * layers
-        _SIZES[key] = Sizes(params, block, layers, root, linear, head, heads, kv, kv_bytes)
+        _SIZES[key] = Sizes(params, block, layers, root, linear, head, heads, kv, normed, kv_bytes)
     return _SIZES[key]
 
 
@@ -80,12 +94,13 @@ def trainer_memory(cfg, config, world, frozen=0):
                head's fp32 gradient and the product added to it in bf16 and fp32. The first block's backward: everything
                saved, the block's own activations again with checkpointing, its gradient in bf16 and in fp32 to be
                reduced. The root's: its gradient in both.
-    A block saves 16 D + 8 I + 4 Q + 4 KV bytes a token (norms compute in fp32), a checkpointed one its input, 2 D.
+    A block saves 16 D + 8 I + 4 Q + 4 KV bytes a token (norms compute in fp32), and 6 (Q + KV) for norms of queries and
+    keys. A checkpointed one saves its input, 2 D. tests/test_memory.py counts what the real forward saves.
     reserve    3 GiB for the CUDA context, NCCL and fragmentation"""
     s = model_sizes(config)
     T, D, inner = cfg.micro_batch_tokens, config.hidden_size, config.intermediate_size
     chunks = 3 * 4 * HEAD_CHUNK * config.vocab_size
-    block = T * (16 * D + 8 * inner + 4 * s.heads + 4 * s.kv)
+    block = T * (16 * D + 8 * inner + 4 * s.heads + 4 * s.kv + 6 * s.normed)
     kept, again = (2 * T * D, block) if cfg.activation_checkpointing else (block, 0)
     saved = s.layers * kept + T * 8 * D  # the last norm's, the head's input
     # activations, logit chunks, gradient buffers
@@ -101,29 +116,39 @@ def trainer_memory(cfg, config, world, frozen=0):
     return peaks
 
 
-def engine_room(cfg, config, world, total, frozen=0):
-    """Of one GPU of `total` bytes -> (the share vLLM gets, the largest share that fits beside the trainer, tokens of KV
-    cache). The share is cfg.gpu_memory_utilization, or all that fits. Roughly 1 GiB of it is for the engine's own
-    activations and graphs."""
-    s = model_sizes(config)
+def engine_overhead(config, gpu):
+    """Bytes that vLLM takes of its share beside weights and KV cache -> (activations and sampling, CUDA graphs). The
+    graphs stay on the GPU while the engine sleeps.
+
+    A batch of T tokens: the MLP's input and output, 6 I, the residual stream, 4 D. A sequence: fp32 logits and the
+    counts of the penalties, 8 V. Graphs: 1.5 GiB, assumed; no GPU has shown it."""
+    slots, tokens = engine_batch(gpu)
+    work = tokens * (6 * config.intermediate_size + 4 * config.hidden_size) + 8 * slots * config.vocab_size
+    return work, 1.5 * GIB
+
+
+def engine_room(cfg, config, world, gpu, frozen=0):
+    """Of one GPU -> (the share vLLM gets, the largest share that fits beside the trainer, tokens of KV cache). The
+    share is cfg.gpu_memory_utilization, or all that fits."""
+    s, total = model_sizes(config), gpu.memory * GIB
     fits = (total - sum(trainer_memory(cfg, config, world, frozen)[0].values())) / total
     share = cfg.gpu_memory_utilization or int(100 * fits) / 100
-    return share, fits, int((share * total - 2 * s.params - GIB) / s.kv_bytes)
+    return share, fits, int((share * total - 2 * s.params - sum(engine_overhead(config, gpu))) / s.kv_bytes)
 
 
-def engine_share(cfg, config, world, total, frozen=0):
+def engine_share(cfg, config, world, gpu, frozen=0):
     """The share of one GPU that vLLM may take (its gpu_memory_utilization) beside what the trainer keeps while the
-    engine is awake (trainer_memory) -> (share, one line of numbers). `total`: bytes of the GPU.
+    engine is awake (trainer_memory) -> (share, one line of numbers).
 
     ValueError where cfg.gpu_memory_utilization asks for more, or where nothing useful is left."""
-    share, fits, tokens = engine_room(cfg, config, world, total, frozen)
+    share, fits, tokens = engine_room(cfg, config, world, gpu, frozen)
     parts = trainer_memory(cfg, config, world, frozen)[0]
     keeps = parts["fp32 weights"] + parts["Adam moments"] + frozen
     scoring = sum(parts.values()) - parts["reserve"] - keeps
     report = (
-        f"GPU {total / GIB:.1f} GiB: trainer keeps {keeps / GIB:.1f}, entropy pass {scoring / GIB:.1f}, "
-        f"engine {share:.2f} = {share * total / GIB:.1f} GiB, weights {2 * model_sizes(config).params / GIB:.1f}, "
-        f"KV for {max(0, tokens)} tokens"
+        f"GPU {gpu.memory:.1f} GiB: trainer keeps {keeps / GIB:.1f}, entropy pass {scoring / GIB:.1f}, "
+        f"engine {share:.2f} = {share * gpu.memory:.1f} GiB, weights {2 * model_sizes(config).params / GIB:.1f}, "
+        f"workspace and graphs {sum(engine_overhead(config, gpu)) / GIB:.1f}, KV for {max(0, tokens)} tokens"
     )
     if fits <= 0 or tokens < cfg.max_prompt_tokens + cfg.max_response_tokens:
         change = f"use more ranks, or lower micro_batch_tokens (= {cfg.micro_batch_tokens})"
@@ -135,19 +160,20 @@ def engine_share(cfg, config, world, total, frozen=0):
 
 
 def peak_memory():
-    """GiB at the highest: of this rank's GPU as torch counts it (the engine's KV cache, vLLM's own pool, apart), since
-    the last call; of the process where there is no GPU, since its start."""
+    """GiB at the highest: of this rank's GPU as torch counts it, since the last call; of the process where there is no
+    GPU, since its start. torch also counts vLLM's pool, awake or asleep (vLLM's issues 17117, 33625): not so here."""
     if torch.cuda.is_available():
+        cumem = sys.modules.get("vllm.device_allocator.cumem")
+        pool = cumem.CuMemAllocator.get_instance().get_current_usage() if cumem else 0
         peak = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        return peak / GIB
+        return (peak - pool) / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10) / GIB
 
 
 def peak_flops():
     """Dense bf16 FLOP/s of the GPU at hand, 0 where it is not in GPUS or is none."""
-    name = torch.cuda.get_device_name().lower().replace(" ", "") if torch.cuda.is_available() else ""
-    return next((gpu.flops for key, gpu in GPUS.items() if key in name and "pcie" not in name), 0)
+    return this_gpu().flops if torch.cuda.is_available() else 0
 
 
 def forward_flops(config, lengths, head_tokens=None):

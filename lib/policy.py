@@ -31,7 +31,7 @@ def packed_attention(module, query, key, value, mask, scaling=None, cu_seq_lens_
     query (1, heads, T, d), key/value (1, kv_heads, T, d), cu_seq_lens_q (n + 1,) int32 borders -> (1, T, heads, d),
     None. CUDA: torch's own variable-length flash kernel. Elsewhere a loop over sequences: the same numbers, no T x T
     mask."""
-    if query.is_cuda:
+    if not query.is_cpu:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, d)
         cu, longest = cu_seq_lens_q, max_length_q
         out = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scaling, window_size=(-1, 0), **GQA)

@@ -69,7 +69,7 @@ def test_every_command_line_of_the_docs_names_what_is_there():
         assert (ROOT / f"tools/{name}.py").exists(), name
     for name in set(re.findall(r"configs/([\w.-]+\.yaml)", text)):
         assert (ROOT / f"configs/{name}").exists(), name
-    known = {f.name for f in SETTINGS} | {"benchmarks", "preset", "script", "gpu", "gpus", "response"}
+    known = {f.name for f in SETTINGS} | {"benchmarks", "preset", "script", "gpu", "gpus", "response", "shape", "only", "out"}
     for line in re.findall(r"^(?:.*&& )?(?:python|torchrun) .*$", text, re.M):
         for key in re.findall(r" (?:stages\.\w+\.)?([a-z_]\w*)=", line.split("#")[0]):
             assert key in known or key == "method_args", f"{key}: {line}"

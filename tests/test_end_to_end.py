@@ -24,6 +24,7 @@ import reward
 from lib import engine, policy, pool
 from lib.config import Config, load_config
 from lib.run import fit_context
+from lib.weights import load_hf_config
 
 
 @pytest.fixture(autouse=True)
@@ -438,7 +439,7 @@ def test_a_method_of_ones_own_by_path_replaces_a_hook_and_takes_its_settings(con
 def test_prompt_and_response_fit_the_context_in_training_and_take_the_room_in_an_evaluation(tiny, capsys):
     heldout = SimpleNamespace(prompts=[SimpleNamespace(ids=[0] * n) for n in (9, 28)])
     run = SimpleNamespace(path=tiny[0], heldout={"a": heldout}, print=print)
-    context = policy.load_hf_config(tiny[0]).max_position_embeddings
+    context = load_hf_config(tiny[0]).max_position_embeddings
     cfg = Config(name="a", max_prompt_tokens=28, max_response_tokens=context - 28)
     fit_context(run, [("a", cfg)], train=True)
     cfg.max_prompt_tokens += 1

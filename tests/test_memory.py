@@ -1,17 +1,21 @@
 """lib/memory.py: arithmetic against hand-computed numbers, and against what torch counts and keeps on real models."""
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, ragged
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from lib import memory
 from lib.config import load_config
 from lib.memory import forward_flops, model_sizes, trainer_memory, utilisation
 from lib.policy import PackedLM, pack, packed_length
+from rollout import Rollout
+from tools import bench
 
 CONFIG_7B = str(ROOT / "configs/qwen2.5-math-7b.yaml")
 
@@ -92,38 +96,82 @@ def test_utilisation_by_hand(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------------------- memory
-def saved_bytes(lm, rows):
-    """Bytes that autograd keeps of one packed forward for the backward, parameters excepted, every storage once."""
-    kept, own = {}, {p.untyped_storage().data_ptr() for p in lm.parameters()}
+def saved_bytes(config, lengths, checkpointing):
+    """Bytes that autograd keeps of one packed bf16 forward for the backward, parameters excepted, every storage once.
 
-    def note(x):
-        kept[x.untyped_storage().data_ptr()] = x  # keeping x alive keeps the address its own
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        out = PackedLM(lm, 16)(**pack(rows, "cpu"), temperature=1.0)
-        assert out[0].requires_grad
-    return sum(x.untyped_storage().nbytes() for a, x in kept.items() if a not in own)
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("layers", [2, 6])
-def test_activations_are_those_autograd_keeps(checkpointing, layers, monkeypatch):
-    shape = SMALL | {"num_hidden_layers": layers, "hidden_size": 128, "intermediate_size": 448}
-    config = Qwen2Config(**shape, tie_word_embeddings=True)
-    lm = AutoModelForCausalLM.from_config(config, attn_implementation="packed", dtype=torch.bfloat16)
+    On the meta device, where attention goes as on CUDA and no number is computed."""
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(config, attn_implementation="packed", dtype=torch.bfloat16)
     if checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
         lm.train()
-    rows = ragged(12, 1, 53, prompt=(1, 2), prefix=(0, 0), response=(100, 300))   # the head sees nearly all tokens
-    tokens = sum(packed_length(r) for r in rows)
-    cfg = stage_1(activation_checkpointing=checkpointing, micro_batch_tokens=tokens)
-    monkeypatch.setattr(memory, "HEAD_CHUNK", 10**6)
+    own = {x.untyped_storage()._cdata for x in (*lm.parameters(), *lm.buffers())}
+    kept = {}
+
+    def note(x):
+        kept[x.untyped_storage()._cdata] = x  # keeping x alive keeps the address its own
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        out = PackedLM(lm)(**pack([Rollout([1], [], [1] * n) for n in lengths], "meta"), temperature=1.0)
+        assert out[0].requires_grad
+    return sum(x.untyped_storage().nbytes() for key, x in kept.items() if key not in own)
+
+
+PUBLISHED = {
+    "Qwen2.5-0.5B": bench.shape_config("0.5b"), "Qwen2.5-7B": bench.shape_config("7b"),
+    "Qwen3-8B": AutoConfig.for_model(
+        "qwen3", hidden_size=4096, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+        intermediate_size=12288, vocab_size=151936, tie_word_embeddings=False,
+    ),
+    "Llama-3.1-8B": AutoConfig.for_model(
+        "llama", hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+        intermediate_size=14336, vocab_size=128256, tie_word_embeddings=False,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_activations_are_those_autograd_keeps(name, checkpointing, monkeypatch):
+    lengths, config = [2048] * 7 + [1, 300, 1747], PUBLISHED[name]
+    cfg = stage_1(activation_checkpointing=checkpointing, micro_batch_tokens=sum(lengths))
+    monkeypatch.setattr(memory, "HEAD_CHUNK", 10**7)
     # so the largest moment is the head's backward, where all is saved and no block is repeated
-    planned = trainer_memory(cfg, config, 1)[1]["activations"]
-    if not checkpointing:  # on a CPU the sequences' attention outputs are put together in a second tensor
-        planned += layers * tokens * 2 * 128
-    assert saved_bytes(lm, rows) == pytest.approx(planned, rel=0.03)  # ids, positions: some 30 bytes a token
+    planned, saved = trainer_memory(cfg, config, 1)[1]["activations"], saved_bytes(config, lengths, checkpointing)
+    print(f"{name}, {sum(lengths)} tokens: planned {planned / 2**30:.2f} GiB, autograd keeps {saved / 2**30:.2f}")
+    assert planned == pytest.approx(saved, rel=0.02)
+
+
+def test_peak_memory_is_without_the_pool_of_vllm(monkeypatch):
+    pool = SimpleNamespace(get_current_usage=lambda: 55 * 2**30)
+    cumem = SimpleNamespace(CuMemAllocator=SimpleNamespace(get_instance=lambda: pool))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 83 * 2**30)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.delitem(sys.modules, "vllm.device_allocator.cumem", raising=False)
+    assert memory.peak_memory() == 83
+    monkeypatch.setitem(sys.modules, "vllm.device_allocator.cumem", cumem)
+    assert memory.peak_memory() == 28
+
+
+def test_what_vllm_needs_beside_weights_and_cache_by_hand():
+    """Qwen2.5-7B on an H100: MLP 1.16 + 0.58 GiB, residual stream 0.22, logits 0.58, penalties 0.58, and the graphs."""
+    work, graphs = memory.engine_overhead(qwen_7b(), memory.GPUS["h100"])
+    assert work == 16384 * (6 * 18944 + 4 * 3584) + 8 * 1024 * 152064 and work / 2**30 == pytest.approx(3.11, abs=0.01)
+    assert graphs == 1.5 * 2**30
+    small = memory.engine_overhead(qwen_7b(), memory.GPUS["a100"])[0]
+    assert small == 8192 * (6 * 18944 + 4 * 3584) + 8 * 256 * 152064, "vLLM halves its batch there"
+
+
+@pytest.mark.parametrize("name, entry", [("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-80GB", "a100"),
+                                         ("NVIDIA GeForce RTX 4090", "rtx4090"), ("NVIDIA H100 PCIe", None)])  # fmt: skip
+def test_the_gpu_at_hand_has_its_own_memory_and_the_rates_of_its_kind(name, entry, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1, 77 * 2**30))
+    gpu = memory.this_gpu()
+    assert gpu.memory == 77 and gpu.flops == (memory.GPUS[entry].flops if entry else 0)
+    assert memory.engine_batch(gpu)[0] == (256 if entry == "a100" else 1024)
 
 
 @pytest.mark.parametrize("vocab, tokens, expected", [

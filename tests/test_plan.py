@@ -158,7 +158,7 @@ def test_memory_of_7b_by_hand():
         assert parts["gathered weights"] == 2 * (2 * 152064 * 3584 + 3584 + 2 * 233_057_792)
         assert parts["logit chunks"] == 3 * 1024 * 152064 * 4
     awake, asleep = peaks["awake"], peaks["asleep"]
-    share = awake["engine weights"] + awake["KV cache"] + awake["engine workspace"]
+    share = sum(awake[k] for k in ("engine weights", "KV cache", "engine workspace", "CUDA graphs"))
     assert awake["engine weights"] == 2 * n and awake["gradients"] == 0 and awake["free"] >= 0
     assert share == pytest.approx(0.73 * gib, rel=1e-4)                          # all that is left, in whole per cent
     assert asleep["engine weights"] == asleep["KV cache"] == 0 and asleep["gradients"] == 4 * n / 8
@@ -168,17 +168,17 @@ def test_memory_of_7b_by_hand():
 
 def test_a_model_that_stays_resident_counts_in_plan_and_share():
     """The bf16 weights of a frozen reference model on every GPU."""
-    cfg, config, total, frozen = stages()[0][1], qwen_7b(), 79.1 * GIB, 2 * 7_615_616_512
+    cfg, config, gpu, frozen = stages()[0][1], qwen_7b(), GPUS["h100"], 2 * 7_615_616_512
     for alone, beside in zip(trainer_memory(cfg, config, 8), trainer_memory(cfg, config, 8, frozen), strict=True):
         assert beside == alone | {"frozen models": frozen}
-    (share, line), (less, other) = engine_share(cfg, config, 8, total), engine_share(cfg, config, 8, total, frozen)
-    assert (share - less) * total == pytest.approx(frozen, abs=0.01 * total)         # shares are whole per cent
+    (share, line), (less, other) = engine_share(cfg, config, 8, gpu), engine_share(cfg, config, 8, gpu, frozen)
+    assert (share - less) * gpu.memory * GIB == pytest.approx(frozen, abs=0.01 * gpu.memory * GIB)         # shares are whole per cent
     assert "trainer keeps 10.6" in line and "trainer keeps 24.8" in other
     with pytest.raises(ValueError, match="^gpu_memory_utilization: 0.73 is too much, set at most 0.55"):
-        engine_share(replace(cfg, gpu_memory_utilization=share), config, 8, total, frozen)
+        engine_share(replace(cfg, gpu_memory_utilization=share), config, 8, gpu, frozen)
     peaks, more = plan.memory(cfg, given()), plan.memory(cfg, given(frozen=frozen))
     assert more["asleep"]["free"] == peaks["asleep"]["free"] - frozen
-    assert more["awake"]["KV cache"] == pytest.approx(peaks["awake"]["KV cache"] - frozen, abs=0.01 * total)
+    assert more["awake"]["KV cache"] == pytest.approx(peaks["awake"]["KV cache"] - frozen, abs=0.01 * gpu.memory * GIB)
     todo = stages("gpus=1", "gpu=h200")
     assert about(plan.report(todo, given("h200", 1)), "awake") is None
     assert about(plan.report(todo, given("h200", 1, frozen=2 * frozen)), "awake")[-1] == "gpus=2"
@@ -254,9 +254,9 @@ def test_the_run_refuses_where_the_parts_of_the_plan_add_up_to_too_much():
             refused += over
             if over:
                 with pytest.raises(ValueError, match="^model: does not fit"):
-                    engine_share(cfg, qwen_7b(), world, gpu.memory * GIB)
+                    engine_share(cfg, qwen_7b(), world, gpu)
             else:
-                engine_share(cfg, qwen_7b(), world, gpu.memory * GIB)
+                engine_share(cfg, qwen_7b(), world, gpu)
     assert 0 < refused < 20
 
 
@@ -348,7 +348,7 @@ def test_ranks_print_the_plan_once(folder_7b, capsys, monkeypatch, nothing_else)
 
 def test_the_cache_holds_the_sequences_the_plan_says():
     cfg = stages()[0][1]
-    tokens = engine_room(cfg, qwen_7b(), 8, GPUS["h100"].memory * GIB)[2]
+    tokens = engine_room(cfg, qwen_7b(), 8, GPUS["h100"])[2]
     assert f"{tokens} tokens = {tokens // 4096} sequences of 4096" in report()
 
 

@@ -17,7 +17,7 @@ import cure
 from lib import policy as policy_module
 from lib import weights as weights_module
 from lib.config import Config
-from lib.memory import engine_share
+from lib.memory import GPUS, engine_share
 from lib.policy import Policy, bins, compute_dtype, pack, packed_length, partition
 from lib.ranks import gather
 from lib.weights import load_hf_config, load_lm, load_tokenizer, named_from_folder, refuse_unsupported
@@ -840,7 +840,7 @@ def test_code_in_a_model_folder_is_never_executed(sharp, cpu, tmp_path, model_ty
         (folder / name).write_text(json.dumps(content | more | {"auto_map": auto_map}))
     loaded = []
     for load in (load_tokenizer, load_hf_config, lambda f: load_lm(f, torch.float32, "packed"),
-                 lambda f: engine_share(config(), load_hf_config(f), 1, 80 * GIB)):
+                 lambda f: engine_share(config(), load_hf_config(f), 1, GPUS["h100"])):
         try:
             loaded.append(load(str(folder)))
         except ValueError as e:                         # refused is as good as loaded without it
@@ -1076,10 +1076,13 @@ def hf_config(size):
                        num_key_value_heads=kv, tie_word_embeddings=tied)
 
 
+H100 = GPUS["h100"]._replace(memory=79.6)
+
+
 @pytest.mark.parametrize("size, world, keeps", [("7b", 8, 10.6), ("1.5b", 1, 17.3), ("1.5b", 8, 2.2)])
 def test_engine_share_leaves_room_for_what_the_trainer_keeps(size, world, keeps):
     cfg = config(micro_batch_tokens=16384, max_prompt_tokens=1500, max_response_tokens=2596)
-    share, report = engine_share(cfg, hf_config(size), world, 79.6 * GIB)
+    share, report = engine_share(cfg, hf_config(size), world, H100)
     assert f"trainer keeps {keeps}" in report                   # 12 bytes x 7.6e9 / 8 = 10.6 GiB
     assert 0.5 < share and share * 79.6 + keeps + 3 < 79.6
 
@@ -1087,10 +1090,10 @@ def test_engine_share_leaves_room_for_what_the_trainer_keeps(size, world, keeps)
 def test_a_model_that_cannot_fit_and_a_share_that_is_too_large_are_refused_by_name():
     cfg = config(micro_batch_tokens=16384, max_prompt_tokens=1500, max_response_tokens=2596)
     with pytest.raises(ValueError, match="^model: does not fit"):
-        engine_share(cfg, hf_config("7b"), 1, 79.6 * GIB)
+        engine_share(cfg, hf_config("7b"), 1, H100)
     cfg.gpu_memory_utilization = 0.9
     with pytest.raises(ValueError, match=r"^gpu_memory_utilization: 0.90 is too much, set at most 0.7"):
-        engine_share(cfg, hf_config("7b"), 8, 79.6 * GIB)
+        engine_share(cfg, hf_config("7b"), 8, H100)
 
 
 @pytest.mark.parametrize("mode", ["clip_cov", "kl_cov"])

@@ -16,6 +16,7 @@ from lib import data, engine, policy
 from lib.config import Config
 from lib.engine import Sampling, TorchEngine, VLLMEngine, request_seed
 from lib.ranks import gather, init_distributed, leave
+from lib.weights import load_tokenizer
 
 SHARE = 0.3 if torch.cuda.is_available() else None  # of the GPU, for an engine that has it to itself
 TIE = {"float32": 1e-4, "bfloat16": 0.1}  # nats by which two engines may rank two tokens differently
@@ -25,7 +26,7 @@ def engines(path, kinds=("vllm",), **settings):
     """(rank, world, [engines, synced with the folder's weights], tokenizer, dtype)."""
     rank, world, device = init_distributed()
     cfg = Config(seed=0, **settings)
-    tokenizer, eos = policy.load_tokenizer(path)
+    tokenizer, eos = load_tokenizer(path)
     stop, dtype = {tokenizer.eos_token_id, *eos} - {None}, policy.compute_dtype(cfg, device)
     out = []
     for kind in kinds:

@@ -25,7 +25,17 @@ from cure import HOOKS
 from lib import toy
 from lib.config import load_config
 from lib.files import aligned
-from lib.memory import GIB, GPUS, engine_room, engine_share, forward_flops, model_sizes, trainer_memory
+from lib.memory import (
+    GIB,
+    GPUS,
+    engine_batch,
+    engine_overhead,
+    engine_room,
+    engine_share,
+    forward_flops,
+    model_sizes,
+    trainer_memory,
+)
 from lib.method import load_method
 from lib.ranks import one_line_errors
 from lib.weights import load_hf_config
@@ -87,7 +97,7 @@ def decode_phase(name, cfg, given, batch, rounds, prefill):
     mine, mean = math.ceil(count / world), context + (new + 1) / 2  # tokens in a sequence's cache when read, on average
     room = memory(cfg, given)["awake"]["KV cache"] // s.kv_bytes
     # sequences decoded together; no room at all: seconds as if there were, and `warnings` says so
-    slots = min(gpu.slots, room // math.ceil(mean)) or gpu.slots
+    slots = min(engine_batch(gpu)[0], room // math.ceil(mean)) or engine_batch(gpu)[0]
     # read: all weights but the embedding once a decoding step, each sequence's cache once a token
     weights = new * max(1, mine / slots) * 2 * (s.layers * s.block + s.head) / gpu.bandwidth
     cache = mine * new * mean * s.kv_bytes / gpu.bandwidth
@@ -129,10 +139,11 @@ def memory(cfg, given):
     rest, negative where it does not fit."""
     config, gpu, world, _, frozen = given
     s, total = model_sizes(config), gpu.memory * GIB
-    cache = max(0, engine_room(cfg, config, world, total, frozen)[2]) * s.kv_bytes
-    engine = {"engine weights": 2 * s.params, "KV cache": cache, "engine workspace": GIB}
+    cache = max(0, engine_room(cfg, config, world, gpu, frozen)[2]) * s.kv_bytes
+    work, graphs = engine_overhead(config, gpu)
+    engine = {"engine weights": 2 * s.params, "KV cache": cache, "engine workspace": work, "CUDA graphs": graphs}
     awake, asleep = trainer_memory(cfg, config, world, frozen)
-    peaks = {"awake": awake | engine, "asleep": asleep | dict.fromkeys(engine, 0)}
+    peaks = {"awake": awake | engine, "asleep": asleep | dict.fromkeys(engine, 0) | {"CUDA graphs": graphs}}
     return {k: parts | {"free": total - sum(parts.values())} for k, parts in peaks.items()}
 
 
@@ -141,7 +152,7 @@ def misfits(cfg, given):
     short = {peak: -parts["free"] / GIB for peak, parts in memory(cfg, given).items()}
     out = {peak: f"over by {gib:.1f} GiB" for peak, gib in short.items() if gib >= 0.05}
     try:
-        engine_share(cfg, given.config, given.world, given.gpu.memory * GIB, given.frozen)
+        engine_share(cfg, given.config, given.world, given.gpu, given.frozen)
     except ValueError:  # the run itself would refuse
         out = {"awake": "no KV cache for one sequence"} | out
     return out
