@@ -361,3 +361,19 @@ def test_the_7b_configs_differ_in_the_method_only_and_fit(folder_7b, capsys):
         common = {(c.group_size, c.prompts_per_step, c.prompts_per_minibatch, c.lr) for c in configs}
         assert common == {(16, 512, 32, 1e-6)}
         assert plan.main(argv) == 0 and "WARNING" not in capsys.readouterr().out
+
+
+def test_host_memory_by_hand_and_its_warning(monkeypatch):
+    """8 ranks: 5 GiB each. A checkpoint: two copies of a piece each, or rank 0's bf16 weights, whichever is more."""
+    n, gib = 7_615_616_512, 2**30
+    start, save = plan.host(qwen_7b(), 8)
+    assert start == 40 * gib + 2 * 152064 * 3584 and save == 40 * gib + 2 * n
+    assert plan.host(qwen_7b(), 32)[1] == 160 * gib + 2 * 32 * 2**29, "32 pieces of 512 MiB, twice, are more"
+    assert plan.host(qwen_7b(), 1)[1] == 5 * gib + 2 * n, "a piece is at least one tensor: the head's 2.2 GB"
+    assert "host memory: 41 GiB at the start, 54 GiB while a checkpoint is written" in plan.report(stages(), given())
+    assert "take 54 GiB of host memory, there are 48" in plan.report(stages(), given(host=48))
+    assert "WARNING" not in plan.report(stages(), given(host=64))
+    assert plan.arguments(["--config", CONFIG_7B, "model=toy", "host=48"])[1].host == 48
+    assert plan.arguments(["--config", CONFIG_7B, "model=toy"])[1].host == 0, "a plan for another machine"
+    monkeypatch.setattr(plan.torch.cuda, "is_available", lambda: True)
+    assert 1 < plan.arguments(["--config", CONFIG_7B, "model=toy"])[1].host < 1e5

@@ -2,8 +2,9 @@
 
     python -m tools.plan --config X gpu=a100 gpus=4 response=1500 model=DIR    # no GPU, only the model's config.json
 
-gpu is one of h100, h200, a100 (80 GB), l40s, rtx4090; gpus are those of one node. response is the tokens of a mean
-response, 0 for 1000, or for 40 % of max_response_tokens where that is less. Any other key=value is the config's.
+gpu is one of h100, h200, a100 (80 GB), l40s, rtx4090; gpus are those of one node, host the GiB of its own memory (0:
+this machine's, if it has a GPU). response is the tokens of a mean response, 0 for 1000, or for 40 % of
+max_response_tokens where that is less. Any other key=value is the config's.
 
 Only a run knows what is assumed here (the constants below). All prompts are equally long, and so are all responses, a
 branch's inherited prefix included: no rank waits for another. The engine is vLLM, whatever `engine` says. Evaluation,
@@ -21,8 +22,11 @@ import sys
 from collections import namedtuple
 from dataclasses import replace
 
+import torch
+
 from cure import HOOKS
 from lib import toy
+from lib.checkpoint import PIECE
 from lib.config import load_config
 from lib.files import aligned
 from lib.memory import (
@@ -33,6 +37,7 @@ from lib.memory import (
     engine_room,
     engine_share,
     forward_flops,
+    host_memory,
     model_sizes,
     trainer_memory,
 )
@@ -44,10 +49,12 @@ MFU = 0.4  # of peak, in FLOPs executed (with checkpointing 0.3 of useful ones):
 MBU = 0.7  # of the bandwidth while decoding
 MEAN_PROMPT = 180  # DAPO-Math: ~90 tokens of instruction and chat template, questions of ~270 characters at 3 a token
 DEPTH = 0.5  # t* as a share of the response: uniform
+PROCESS = 5 * GIB  # of host memory a rank takes beside weights: torch, vLLM, CUDA, data. Imports alone take 0.4
 MIXED = 0.5  # share of groups with right and wrong answers: the reference samples 1024 prompts a round for 512
 
-# the model's HF config, an entry of GPUS, how many, tokens of a mean response, bytes a GPU holds of frozen models
-Given = namedtuple("Given", "config gpu world response frozen", defaults=(0, 0))
+# the model's HF config, an entry of GPUS, how many, tokens of a mean response, bytes a GPU holds of frozen models, GiB
+# of host memory (0: unknown)
+Given = namedtuple("Given", "config gpu world response frozen host", defaults=(0, 0, 0))
 # equal sequences: how many; tokens given to each, the prompt and a branch's prefix; tokens sampled
 Batch = namedtuple("Batch", "count context new")
 # tokens sampled, tokens through the model, useful FLOPs of all GPUs, seconds
@@ -137,7 +144,7 @@ def step_phases(cfg, given):
 def memory(cfg, given):
     """Bytes of one GPU by part at the two peaks of trainer_memory -> {"awake": parts, "asleep": parts}. `free` is the
     rest, negative where it does not fit."""
-    config, gpu, world, _, frozen = given
+    config, gpu, world, _, frozen, _ = given
     s, total = model_sizes(config), gpu.memory * GIB
     cache = max(0, engine_room(cfg, config, world, gpu, frozen)[2]) * s.kv_bytes
     work, graphs = engine_overhead(config, gpu)
@@ -180,6 +187,16 @@ def remedies(cfg, given, peak):
     return out
 
 
+def host(config, world):
+    """Bytes of the node's own memory that all ranks take together (at the start, while a checkpoint is written).
+
+    A rank reads only its rows of the weights, one tensor at a time. It writes its state in files of checkpoint.PIECE,
+    or of one tensor where that is larger, and holds each twice. Then rank 0 gathers the bf16 weights of hf/."""
+    s = model_sizes(config)
+    piece = min(12 * s.params / world, max(PIECE, 4 * s.head / world))
+    return world * PROCESS + 2 * s.head, world * PROCESS + max(2 * piece * world, 2 * s.params)
+
+
 def disk(stages, config):
     """Bytes of (one checkpoint, the most that lie there at a time, what is left at the end), see lib/checkpoint.py."""
     one = 14 * model_sizes(config).params  # state: fp32 weights and two moments; hf: bf16
@@ -210,6 +227,10 @@ def warnings(stages, given):
     cfg = widest(stages)
     if cfg.dtype == "float32":
         out.append("float32 does not run on a GPU, packed attention is bf16 there: dtype=auto")
+    needed = max(host(given.config, given.world)) / GIB
+    if given.host and needed > given.host:
+        out.append(f"the ranks take {needed:.0f} GiB of host memory, there are {given.host:.0f}: the kernel kills a "
+                   "rank without a message: a smaller model, or a machine with more")  # fmt: skip
     phase = {"awake": "log-prob passes beside the engine", "asleep": "the update"}
     for peak, what in misfits(cfg, given).items():
         change = " | ".join(remedies(cfg, given, peak)) or "a smaller model"
@@ -248,6 +269,7 @@ def report(stages, given):
     table += [[k, f"{awake[k] / GIB:.1f}", f"{asleep[k] / GIB:.1f}"] for k in awake]
     tokens, longest = round(awake["KV cache"] / s.kv_bytes), cfg.max_prompt_tokens + cfg.max_response_tokens
     one, most, left = (b / 1e9 for b in disk(stages, config))
+    start, save = (b / GIB for b in host(config, world))
     return "\n".join([
         f"{cfg.model}: {s.params / 1e6:.2f} M parameters, on {world} x {gpu.name} ({rates})",
         f"expected: at {MFU:.0%} of peak FLOP/s and {MBU:.0%} of bandwidth; "
@@ -258,7 +280,9 @@ def report(stages, given):
         f"KV cache: {tokens} tokens = {tokens // longest} sequences of {longest}",
         f"micro_batch_tokens {cfg.micro_batch_tokens}, "
         f"activation checkpointing {'on' if cfg.activation_checkpointing else 'off'}",
-        "", f"disk: {one:.3g} GB a checkpoint (12 B a parameter of state, 2 B of hf), "
+        "", f"host memory: {start:.0f} GiB at the start, {save:.0f} GiB while a checkpoint is written, "
+        f"{PROCESS / GIB:.0f} GiB of it assumed for each process",
+        f"disk: {one:.3g} GB a checkpoint (12 B a parameter of state, 2 B of hf), "
         f"{most:.3g} GB at most, {left:.3g} GB at the end",
         *(f"WARNING: {w}" for w in warnings(stages, given)),
     ])  # fmt: skip
@@ -266,11 +290,12 @@ def report(stages, given):
 
 def arguments(argv):
     """Command line -> (stages with so many steps as max_steps leaves of them, Given). ValueError names the key."""
-    own = {"gpu": "h100", "gpus": "8", "response": "0"}
+    own = {"gpu": "h100", "gpus": "8", "response": "0", "host": "0"}
     own |= dict(a.partition("=")[::2] for a in argv if a.split("=")[0] in own)
     stages = load_config([a for a in argv if a.split("=")[0] not in own], usage=__doc__)
     first, most = stages[0][1], min(c.max_response_tokens for _, c in stages)
-    for key, allowed in {"gpu": list(GPUS), "gpus": range(1, 1025), "response": range(most + 1)}.items():
+    limits = {"gpu": list(GPUS), "gpus": range(1, 1025), "response": range(most + 1), "host": range(10**6)}
+    for key, allowed in limits.items():
         if own[key] not in map(str, allowed):
             names = ", ".join(allowed) if key == "gpu" else f"{allowed[0]} to {allowed[-1]}"
             raise ValueError(f"{key}: must be one of {names}, got {own[key]!r}")
@@ -282,7 +307,8 @@ def arguments(argv):
     path = toy.FOLDER if first.model == "toy" else first.model
     unmade = path == toy.FOLDER and not os.path.exists(f"{path}/config.json")
     config = toy.toy_config() if unmade else load_hf_config(path)  # the toy has a shape before it has a folder
-    return stages, Given(config, GPUS[own["gpu"]], int(own["gpus"]), int(own["response"]))
+    there = int(own["host"]) or (host_memory() if torch.cuda.is_available() else 0)
+    return stages, Given(config, GPUS[own["gpu"]], int(own["gpus"]), int(own["response"]), host=there)
 
 
 def main(argv):
