@@ -158,7 +158,7 @@ def loss_of(rows):
     return loss_fn
 
 
-def padded_pack(longest, rows, device, bucket=0):
+def padded_pack(longest, rows, device, bucket=0, share=False):
     """policy.pack with every sequence padded to `longest`: what an (n, longest) batch computes, to the same numbers."""
     padding = [[0] * (longest - packed_length(r)) for r in rows]
     both = list(zip(rows, padding, strict=True))
