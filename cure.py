@@ -71,7 +71,7 @@ def train_step(run, cfg, task):
             m["train/empty_steps"] = 1
     run.state["generated"] += (tokens := sum(b.length for b in sampled.briefs))
     run.samples(rows, cfg)
-    return m | performance(run, kept, tokens, clock)
+    return m | performance(run, minibatches if kept else [], tokens, clock)
 
 
 class Minibatch(NamedTuple):

@@ -47,7 +47,7 @@ def packed_attention(module, query, key, value, mask, scaling=None, cu_seq_lens_
 
 
 def gather_tokens(x, positions):
-    """(1, heads, T, d) -> (1, heads, K, d), in memory token by token as it was: matrix products round by strides, too."""
+    """(1, heads, T, d) -> (1, heads, K, d), laid out token by token as it was."""
     return x.transpose(1, 2).index_select(1, positions).transpose(1, 2)
 
 
