@@ -75,7 +75,7 @@ def compare(b, rows, packings):
 
 
 def draw(path):
-    """The row of one small broom, and who attends to whom in it; lightly: what its flat rows forward again."""
+    """The row of one small broom: which token attends to which."""
     cfg = load_config(["n1=1", "n2=2"])[0][1]
     rows = group(cfg, 3, 8, 0.5, 100)
     packed = pack(rows, "cpu", share=True)
@@ -85,7 +85,7 @@ def draw(path):
         seen = packed["seen"][keys[k] : keys[k + 1]]
         for i in range(queries[k], queries[k + 1]):  # causal, aligned at the bottom right
             sees[i, seen[: len(seen) - (queries[k + 1] - 1 - i)]] = 1 + k
-    names = ["base response and prompt"] + [f"branch {k}" for k in range(1, len(queries) - 1)]
+    names = ["prompt and base response"] + [f"branch {k}" for k in range(1, len(queries) - 1)]
     with picture(Path(path), 5.2) as figure:
         axes = figure.subplots()
         axes.imshow(sees, cmap="Blues", vmin=0, vmax=len(queries))
