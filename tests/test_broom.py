@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_policy import config, gradients, make, prepared, token_mean, worst
 
 from lib.broom import brooms, skips
-from lib.policy import cut, pack, packed_length
+from lib.policy import cut, pack, packed_attention, packed_length
 from lib.ranks import gather
 from lib.toy import make_toy
 from rollout import Rollout
@@ -320,3 +320,35 @@ def test_several_ranks_find_what_one_finds_in_flat_rows(ranks, sharp, cpu, world
     apart = largest((a - b).abs().max() for a, b in zip(found["logp"], logp, strict=True))
     print(f"{world} ranks in brooms against one in flat rows: gradients {gap:.1e}, log-probs {apart:.1e}")
     assert gap <= 5e-6 and apart <= 1e-5
+
+
+# ---------------------------------------------------------------------------------------------------------------- on a GPU
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel of a GPU")
+def test_on_cuda_the_causal_mask_is_aligned_at_the_bottom_right():
+    """bf16, the attention alone, forward and backward: rows of a broom against the same rows in flat packing."""
+    rng = np.random.default_rng(0)
+    rows = [r for g in range(3) for r in group(rng, 100, 1, 3, ["middle"], g, longest=200, prompt=50)]
+    flat, broom = (pack(rows, "cuda", share=share) for share in (False, True))
+    own, at = [], 0                                     # where in the flat rows a broom's tokens are
+    for r, skip in zip(rows, skips(rows), strict=True):
+        own += range(at + skip, at + packed_length(r))
+        at += packed_length(r)
+    full = torch.randn(3, 1, 4, at, 64, device="cuda", dtype=torch.bfloat16)
+    trunk_of = torch.empty(at, dtype=torch.long, device="cuda")           # flat position -> position in the broom's row
+    trunk_of[:] = broom["seen"] if len(broom["seen"]) == at else pytest.fail("a branch of one token: its keys are not seen")
+    row = full[:, :, :, own].requires_grad_()
+    spread = row[:, :, :, trunk_of].detach().requires_grad_()             # what flat rows hold twice is equal there
+
+    def attend(x, packed):
+        return packed_attention(None, *x, None, None, packed["cu_seqlens"], packed["max_len"], packed["cu_keys"],
+                                packed["max_keys"], packed["seen"])[0]  # fmt: skip
+
+    ours, exact = attend(row, broom), attend(spread, flat)[:, own]
+    gap = (ours - exact).abs().max().item()
+    grad = torch.randn_like(ours)
+    ours.backward(grad)
+    exact.backward(grad)
+    summed = torch.zeros_like(row, dtype=torch.float32).index_add_(3, trunk_of, spread.grad.float())
+    apart = ((row.grad - summed).norm() / summed.norm()).item()
+    print(f"attention apart by {gap:.1e}, gradients by {apart:.1e}")
+    assert gap <= 2e-2 and apart <= 2e-2
