@@ -24,7 +24,7 @@ from lib import checkpoint, data
 from lib.config import list_configs, load_config
 from lib.engine import gap_limit, request_seed
 from lib.method import load_method
-from lib.policy import learning_rate, packed_length, partition
+from lib.policy import cut, learning_rate
 from lib.ranks import end_group, gather, gather_sums, leave, one_line_errors, timed
 from lib.run import announce, describe, describe_evaluation, performance, prepare_run, warn
 from lib.sft import sft_step
@@ -69,7 +69,7 @@ def train_step(run, cfg, task):
             m["train/empty_steps"] = 1
     run.state["generated"] += (tokens := sum(b.length for b in sampled.briefs))
     run.samples(rows, cfg)
-    return m | performance(run, kept, tokens, clock)
+    return m | performance(run, minibatches if kept else [], tokens, clock)
 
 
 class Minibatch(NamedTuple):
@@ -89,7 +89,7 @@ def cut_minibatches(cfg, rollouts, world):
     groups, out = sorted({r.group for r in rollouts}), []
     for part in np.array_split(groups, -(-len(groups) // cfg.prompts_per_minibatch)):
         rows = [r for r in rollouts if part[0] <= r.group <= part[-1]]
-        out.append(Minibatch(rows, partition([packed_length(r) for r in rows], world, cfg.micro_batch_tokens)))
+        out.append(Minibatch(rows, cut(rows, cfg, world)))
     return out
 
 
@@ -98,15 +98,9 @@ def score(run, cfg, minibatches):
 
     One pass, in the update's own micro-batches: the same shapes give the same floats, so the first minibatch's ratio is
     exactly 1 (CURE-8)."""
-    if not cfg.reuse_entropy_logp:
-        for r in (r for mini in minibatches for r in mini.rows):
-            r.old_logp = None
-    todo = [
-        [(k, i) for i in micro if mini.rows[i].old_logp is None]
-        for k, mini in enumerate(minibatches) for micro in mini.cut[run.rank]
-    ]  # fmt: skip
-    scored = run.policy.score([[minibatches[k].rows[i] for k, i in micro] for micro in todo], cfg.temperature)
-    for (k, i), (logp, entropy) in gather(list(zip(sum(todo, []), scored, strict=True))):
+    mine = [(k, i) for k, mini in enumerate(minibatches) for micro in mini.cut[run.rank] for i in micro]
+    scored = run.policy.score([micro for mini in minibatches for micro in mini.here(run.rank)], cfg.temperature)
+    for (k, i), (logp, entropy) in gather(list(zip(mine, scored, strict=True))):
         minibatches[k].rows[i].old_logp, minibatches[k].rows[i].entropy = logp, entropy
 
 
@@ -143,7 +137,7 @@ def optimizer_steps(run, cfg, method, minibatches):
         norms.append(norm)
         skipped += run.count_step(taken)
         moved = sums.pop("moved")
-        if k == 0 and run.policy.dtype == torch.float32 and not cfg.reuse_entropy_logp:
+        if k == 0 and run.policy.dtype == torch.float32:
             assert moved == 0, f"ratio was not 1 in the first minibatch: |logp - old_logp| is up to {moved:.3g}"
     totals = gather_sums(sums)
     n = totals.pop("tokens")

@@ -125,8 +125,8 @@ def sample_round(cfg, engine, policy, task, step, draw_ids, ordinal, counts, clo
     # that is exact, and free of an engine's top-k limit.  (CURE-5)
     if cfg.n2 and cfg.critical != "none":
         with timed(clock, "entropy"):
-            for r, (logp, entropy) in zip(base, policy.score_local(base, cfg.temperature), strict=True):
-                r.old_logp, r.entropy = logp, entropy
+            for r, (_, entropy) in zip(base, policy.score_local(base, cfg.temperature), strict=True):
+                r.entropy = entropy
 
     branches = sample_branches(cfg, engine, task, step, base, sampling, counts, clock) if cfg.n2 else []
     with timed(clock, "reward"):
@@ -197,6 +197,7 @@ class Brief(NamedTuple):
     t_star: int | None
     h_star: float
     flipped: bool  # a branch whose verdict is not its parent's
+    depth: float  # t* as a share of the parent's response, nan where there is no t*
 
 
 class Sampled(NamedTuple):
@@ -249,7 +250,8 @@ def brief(group):
     """[Brief] of one group's rollouts."""
     return [
         Brief(len(r.response_ids), r.correct, r.finish == "length", r.reward, r.parent, r.t_star, r.h_star,
-              r.parent >= 0 and r.correct != group[r.parent].correct)
+              r.parent >= 0 and r.correct != group[r.parent].correct,
+              float("nan") if r.t_star is None else r.t_star / len(group[r.parent].response_ids))
         for r in group
     ]  # fmt: skip
 
@@ -280,4 +282,5 @@ def sampling_metrics(cfg, sampled):
         m["branch/flip_rate_sampled"] = np.mean([b.flipped for b in forks])
         if h := [b.h_star for b in forks if b.t_star is not None]:
             m["branch/entropy_at_t_star_sampled"] = np.mean(h)
+            m["branch/depth_share_sampled"] = np.nanmean([b.depth for b in forks])
     return {k: float(v) if isinstance(v, np.floating) else v for k, v in m.items()}

@@ -96,12 +96,14 @@ def trainer_memory(cfg, config, world, frozen=0):
                saved, the block's own activations again with checkpointing, its gradient in bf16 and in fp32 to be
                reduced. The root's: its gradient in both.
     A block saves 16 D + 8 I + 4 Q + 4 KV bytes a token (norms compute in fp32), and 6 (Q + KV) for norms of queries and
-    keys. A checkpointed one saves its input, 2 D. tests/test_memory.py counts what the real forward saves.
+    keys. In brooms attention keeps a branch's keys and values with its trunk's gathered before them: at most 1 + n2
+    times 4 KV. A checkpointed block saves its input, 2 D. tests/test_memory.py counts what the real forward saves.
     reserve    3 GiB for the CUDA context, NCCL and fragmentation"""
     s = model_sizes(config)
     T, D, inner = cfg.micro_batch_tokens, config.hidden_size, config.intermediate_size
     chunks = 3 * 4 * HEAD_CHUNK * config.vocab_size
-    block = T * (16 * D + 8 * inner + 4 * s.heads + 4 * s.kv + 6 * s.normed)
+    gathered = 1 + cfg.n2 if cfg.packing == "broom" else 1
+    block = T * (16 * D + 8 * inner + 4 * s.heads + 4 * s.kv * gathered + 6 * s.normed)
     kept, again = (2 * T * D, block) if cfg.activation_checkpointing else (block, 0)
     saved = s.layers * kept + T * 8 * D  # the last norm's, the head's input
     # activations, logit chunks, gradient buffers
@@ -198,11 +200,12 @@ def forward_flops(config, lengths, head_tokens=None):
     return 2 * s.linear * tokens + 4 * s.heads * s.layers * pairs + 2 * s.head * head
 
 
-def utilisation(config, lengths, response_tokens, seconds, world):
+def utilisation(config, lengths, response_tokens, seconds, world, shared=()):
     """Model FLOPs utilisation of an update: 3 forwards (a backward is 2) over the rollouts trained on, of `lengths`
-    packed tokens, whatever is computed again, padded or waited for. Embeddings do not count (forward_flops).
+    packed tokens, whatever is computed again, padded or waited for. Embeddings do not count (forward_flops). shared:
+    of branches in brooms, the first tokens that their trunk forwards for them (broom.skips); those count once.
     -> perf/tflops and perf/trained_throughput (response tokens), both a second and rank; perf/mfu, over the GPU's
     peak, where that is known."""
-    flops = 3 * forward_flops(config, lengths, response_tokens) / seconds / world
+    flops = 3 * (forward_flops(config, lengths, response_tokens) - forward_flops(config, shared, 0)) / seconds / world
     out = {"perf/tflops": flops / 1e12, "perf/trained_throughput": response_tokens / seconds / world}
     return out | ({"perf/mfu": flops / peak_flops()} if peak_flops() else {})

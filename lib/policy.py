@@ -1,6 +1,7 @@
 """The trained model: Hugging Face weights under FSDP2, the packed forward, micro-batches, one optimizer step.
 
-Symbols: T packed input tokens of a micro-batch · R response tokens in it · n its rollouts · V vocabulary · D width.
+Symbols: T packed input tokens of a micro-batch · K keys that they see · R response tokens in it · n its rollouts ·
+V vocabulary · D width.
 """
 
 import inspect
@@ -15,6 +16,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.utils import logging as hf_logging
 
+from lib.broom import brooms, skips
 from lib.weights import open_lm, read_weights
 from loss import HEAD_CHUNK, logp_and_entropy
 
@@ -25,27 +27,38 @@ GRAD_CLIP = 1.0  # the reference's; larger gradients are scaled down to this nor
 GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
-def packed_attention(module, query, key, value, mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **kwargs):
+def packed_attention(module, query, key, value, mask, scaling=None, cu_seq_lens_q=None, max_length_q=None,
+                     cu_seq_lens_k=None, max_length_k=None, seen=None, **kwargs):  # fmt: skip
     """Causal attention within each sequence of one packed row; tokens never see another sequence.
 
-    query (1, heads, T, d), key/value (1, kv_heads, T, d), cu_seq_lens_q (n + 1,) int32 borders -> (1, T, heads, d),
-    None. CUDA: torch's own variable-length flash kernel. Elsewhere a loop over sequences: the same numbers, no T x T
-    mask."""
+    query (1, heads, T, d), key/value (1, kv_heads, T, d) -> (1, T, heads, d), None. cu_seq_lens_q, cu_seq_lens_k
+    (n + 1,) int32: borders of the sequences' queries in the row, and of their keys in `seen` (K,), the positions of all
+    keys one sequence after the other (lib/broom.py); None: in the row. A sequence's queries are the last of its keys.
+    CUDA: torch's own variable-length flash kernel. CPU: a loop over sequences, the same numbers without a T x T mask."""
+    if seen is not None:
+        key, value = gather_tokens(key, seen), gather_tokens(value, seen)
     if not query.is_cpu:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, d)
-        cu, longest = cu_seq_lens_q, max_length_q
-        out = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scaling, window_size=(-1, 0), **GQA)
-        return out[None], None
-    return _attention_by_sequence(query, key, value, cu_seq_lens_q, scaling), None
+        # more keys than queries: flash-attn 2 aligns the causal mask at the bottom right (its mask.h)
+        borders = cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k
+        return varlen_attn(q, k, v, *borders, scale=scaling, window_size=(-1, 0), **GQA)[None], None
+    if seen is not None:  # the flat rows again: the very calls of flat packing, so the same floats, and no mask
+        query = gather_tokens(query, seen)
+    return _attention_by_sequence(query, key, value, cu_seq_lens_q, cu_seq_lens_k, scaling), None
+
+
+def gather_tokens(x, positions):
+    """(1, heads, T, d) -> (1, heads, K, d), laid out token by token as it was."""
+    return x.transpose(1, 2).index_select(1, positions).transpose(1, 2)
 
 
 @torch.compiler.disable  # lengths are data
-def _attention_by_sequence(query, key, value, cu_seqlens, scaling):
-    lengths = cu_seqlens.diff().tolist()
+def _attention_by_sequence(query, key, value, cu_queries, cu_keys, scaling):
+    own, lengths = cu_queries.diff().tolist(), cu_keys.diff().tolist()
     # split, not slices: the backward of n slices would fill n gradients of the whole row with zeros
-    parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    parts = zip(own, *(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
     causal = {"is_causal": True, "scale": scaling, "enable_gqa": True}
-    rows = [F.scaled_dot_product_attention(q, k, v, **causal) for q, k, v in parts]
+    rows = [F.scaled_dot_product_attention(q, k, v, **causal)[:, :, q.shape[2] - n :] for n, q, k, v in parts]
     return torch.cat(rows, 2).transpose(1, 2)
 
 
@@ -54,48 +67,66 @@ hf_logging.disable_progress_bar()  # one bar, ours
 
 
 # -------------------------------------------------------------------------------------------------------- micro-batches
-def pack(rollouts, device, bucket=0):
+def pack(rollouts, device, bucket=0, share=False):
     """Rollouts one after the other in a single row, without padding -> dict for PackedLM.forward.
 
     The one place of the one-token shift: the logits at position i are for token i + 1, so a rollout's last token is
     never an input, and `index` holds the positions whose hidden states *produced* the response tokens `targets` (R,).
     No rollouts: one dummy token and no targets, so that a rank with nothing to do still joins FSDP's collectives.
-    bucket > 0 (for compiled blocks, which are compiled for each shape anew): dummy sequences without targets pad T to
-    a multiple of it and n to a multiple of 32, and max_len is the next power of two."""
-    ids, pos, index, targets, cu = [], [], [], [], [0]
-    for r in rollouts:
+    bucket > 0 (for compiled blocks, which are compiled for each shape anew): dummy sequences without targets pad T and
+    K to a multiple of it and n to a multiple of 32, and lengths are the next power of two.
+    share: tokens that a branch has in common with the base response before it are in the row once (lib/broom.py)."""
+    ids, pos, seen, index, targets, cu, cu_keys, trunk = [], [], [], [], [], [0], [0], []
+    for r, skip in zip(rollouts, skips(rollouts) if share else [0] * len(rollouts), strict=True):
         seq = r.prompt_ids + r.prefix_ids + r.response_ids
         first = len(seq) - len(r.response_ids)
         if not 0 < first < len(seq):
             raise AssertionError(f"a rollout needs a prompt and a response, got {first} + {len(r.response_ids)} tokens")
-        index += range(cu[-1] + first - 1, cu[-1] + len(seq) - 1)
+        # where in the row each of its inputs is; the state before the fork, the trunk's, produces the first new token
+        at = [*trunk[:skip], *range(cu[-1], cu[-1] + len(seq) - 1 - skip)]
+        trunk = trunk if skip else at
+        index += at[first - 1 :]
         targets += r.response_ids
-        ids += seq[:-1]
-        pos += range(len(seq) - 1)
-        cu.append(len(ids))
+        ids += seq[skip:-1]
+        pos += range(skip, len(seq) - 1)
+        if len(ids) > cu[-1]:  # a branch of one token has no input of its own
+            seen += at
+            cu.append(len(ids))
+            cu_keys.append(len(seen))
     if not rollouts:
-        ids, pos, cu = [0], [0], [0, 1]
+        ids, pos, seen, cu, cu_keys = [0], [0], [0], [0, 1], [0, 1]
+    shared = len(seen) > len(ids)
     if bucket:
-        dummy = -len(ids) % bucket
+        dummy = -len(ids) % bucket or bucket * shared  # keys without a query are avoided: which kernel allows for them?
+        seen += range(len(ids), len(ids) + dummy)
+        seen += [0] * (-len(seen) % bucket)
         ids, pos, cu = ids + [0] * dummy, pos + list(range(dummy)), cu + [cu[-1] + dummy]
-        cu += cu[-1:] * (-(len(cu) - 1) % 32)  # sequences of length 0
-    lengths = [b - a for a, b in zip(cu, cu[1:], strict=False)]
+        cu_keys.append(len(seen))
+        more = -(len(cu) - 1) % 32  # sequences of length 0
+        cu, cu_keys = cu + cu[-1:] * more, cu_keys + cu_keys[-1:] * more
 
     def tensor(x, dtype=torch.long):
         return torch.tensor(x, dtype=dtype, device=device)
+
+    def longest(borders):
+        n = max(b - a for a, b in zip(borders, borders[1:], strict=False))
+        return 1 << (n - 1).bit_length() if bucket else n
 
     return {
         "input_ids": tensor(ids)[None],  # (1, T)
         "position_ids": tensor(pos)[None],  # (1, T)
         "cu_seqlens": tensor(cu, torch.int32),  # (n + 1,)
-        "max_len": 1 << (max(lengths) - 1).bit_length() if bucket else max(lengths),
+        "max_len": longest(cu),
+        "cu_keys": tensor(cu_keys, torch.int32),  # (n + 1,)
+        "max_keys": longest(cu_keys),
+        "seen": tensor(seen) if shared else None,  # (K,)
         "index": tensor(index),  # (R,)
         "targets": tensor(targets),  # (R,)
     }
 
 
 def packed_length(r):
-    """Input tokens a rollout takes in a micro-batch."""
+    """Input tokens a rollout takes in a flat row of a micro-batch."""
     return len(r.prompt_ids) + len(r.prefix_ids) + len(r.response_ids) - 1
 
 
@@ -125,6 +156,16 @@ def partition(lengths, world, budget):
         k += 1
 
 
+def cut(rollouts, cfg, world):
+    """partition() of a minibatch, brooms whole -> [rank][micro-batch][index], a trunk before its branches."""
+    lengths = [packed_length(r) for r in rollouts]
+    units = [[i] for i in range(len(rollouts))]
+    if cfg.packing == "broom":
+        units, lengths = brooms(rollouts, lengths, cfg.micro_batch_tokens)
+    plan = partition(lengths, world, cfg.micro_batch_tokens)
+    return [[[i for u in micro for i in units[u]] for micro in rank] for rank in plan]
+
+
 # ------------------------------------------------------------------------------------------------------------ the model
 class PackedLM(torch.nn.Module):
     """A causal LM whose forward ends in (logp, entropy). The head is applied *inside* the FSDP root's forward: there
@@ -134,10 +175,11 @@ class PackedLM(torch.nn.Module):
         super().__init__()
         self.lm, self.chunk = lm, chunk
 
-    def forward(self, input_ids, position_ids, cu_seqlens, max_len, index, targets, temperature):
+    def forward(self, input_ids, position_ids, cu_seqlens, max_len, cu_keys, max_keys, seen, index, targets,
+                temperature):  # fmt: skip
         hidden = self.lm.base_model(
-            input_ids=input_ids, position_ids=position_ids, use_cache=False,
-            cu_seq_lens_q=cu_seqlens, max_length_q=max_len,
+            input_ids=input_ids, position_ids=position_ids, use_cache=False, cu_seq_lens_q=cu_seqlens,
+            max_length_q=max_len, cu_seq_lens_k=cu_keys, max_length_k=max_keys, seen=seen,
         ).last_hidden_state[0]  # (T, D)
         head = self.lm.get_output_embeddings().weight  # (V, D)
         return logp_and_entropy(hidden[index], head, targets, temperature, self.chunk)  # (R,), (R,)
@@ -191,7 +233,8 @@ class Policy:
 
     def forward(self, rollouts, temperature):
         """(logp (R,), entropy (R,)) fp32 of the response tokens of one micro-batch, rollout after rollout."""
-        return self.model(**pack(rollouts, self.device, self.bucket), temperature=temperature)
+        packed = pack(rollouts, self.device, self.bucket, self.cfg.packing == "broom")
+        return self.model(**packed, temperature=temperature)
 
     @torch.no_grad()
     def score(self, micro_batches, temperature):

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from lib import checkpoint, data, toy
+from lib.broom import skips
 from lib.checkpoint import LOGS
 from lib.data import Task, find_benchmark, grader
 from lib.engine import make_engine
@@ -117,13 +118,17 @@ def sample_row(r, cfg, step, prompt, tokens):
 
 
 # --------------------------------------------------------------------------------------------------------- what it says
-def performance(run, kept, tokens, clock):
-    """timing_s/* and perf/* of a step. kept: its rollouts trained on; tokens: generated, over all ranks; clock:
+def performance(run, minibatches, tokens, clock):
+    """timing_s/* and perf/* of a step. minibatches: those trained on; tokens: generated, over all ranks; clock:
     timing_s/*."""
     m = clock | {"timing_s/other": 2 * clock["timing_s/step"] - sum(clock.values())}  # the step less its phases
-    if kept:
-        lengths, trained = [packed_length(r) for r in kept], sum(len(r.response_ids) for r in kept)
-        m |= utilisation(run.policy.config, lengths, trained, clock["timing_s/update_actor"], run.world)
+    if minibatches:
+        micro = [rows for mini in minibatches for rank in range(run.world) for rows in mini.here(rank)]
+        lengths = [packed_length(r) for rows in micro for r in rows]
+        trained = sum(len(r.response_ids) for rows in micro for r in rows)
+        shared = [n for rows in micro for n in skips(rows)] if run.policy.cfg.packing == "broom" else []
+        m |= utilisation(run.policy.config, lengths, trained, clock["timing_s/update_actor"], run.world, shared)
+        m["perf/shared_tokens"] = sum(shared) / sum(lengths)
     m["perf/throughput"] = tokens / clock["timing_s/step"] / run.world  # generated tokens a second and rank
     return m | {"perf/peak_memory_gib": max(gather([peak_memory()]))}
 

@@ -16,7 +16,7 @@ def sft_step(run, cfg, task):
         encode, eos = task.tokenizer.encode, task.tokenizer.eos_token_id
         # a solution over max_response_tokens is cut, without an end token: the model must not learn to stop there
         solutions = [(encode(p.solution, add_special_tokens=False) + [eos])[: cfg.max_response_tokens] for p in prompts]
-        rows = [SimpleNamespace(prompt_ids=p.ids, prefix_ids=[], response_ids=ids)
+        rows = [SimpleNamespace(prompt_ids=p.ids, prefix_ids=[], response_ids=ids, parent=-1)
                 for p, ids in zip(prompts, solutions, strict=True)]  # fmt: skip
         losses, norms, skipped, lr = [], [], 0, learning_rate(cfg, run.state["stage_step"])
         for part in np.array_split(np.arange(len(rows)), -(-len(rows) // cfg.prompts_per_minibatch)):

@@ -213,14 +213,14 @@ def test_entropy_mask_identities(config, tmp_path):
 
 @pytest.mark.parametrize(
     "overrides",
-    [("reuse_entropy_logp=true",), ("tis_cap=2.0",), ("agg=micro",), ("entropy_mask_rho=0.2", "entropy_mask_scope=micro"),
+    [("packing=flat",), ("tis_cap=2.0",), ("agg=micro",), ("entropy_mask_rho=0.2", "entropy_mask_scope=micro"),
      ("overlong_buffer=4",), ("activation_checkpointing=true",), ("reward_scope=continuation",)],
 )  # fmt: skip
 def test_every_setting_of_the_loop_takes_a_step(config, tmp_path, overrides):
     """Those that are no method of the README's table: test_docs.py runs these."""
     m = first_line(config, tmp_path, *overrides)
     assert m["actor/grad_norm"] > 0 and m["opt_step"] == 1
-    if overrides[0] in ("reuse_entropy_logp=true", "tis_cap=2.0", "activation_checkpointing=true"):
+    if overrides[0] in ("packing=flat", "tis_cap=2.0", "activation_checkpointing=true"):
         plain = first_line(config, tmp_path / "plain")
         assert m["actor/grad_norm"] == pytest.approx(plain["actor/grad_norm"], rel=1e-4), "same mathematics, other arithmetic"
 

@@ -51,7 +51,7 @@ def statuses(rows):
 def attention(visible):
     """The trainer's attention on a CPU with another mask: visible(same sequence, query at, key at) -> bool (T, T)."""
 
-    def attend(query, key, value, cu_seqlens, scaling):
+    def attend(query, key, value, cu_seqlens, cu_keys, scaling):
         lengths = cu_seqlens.diff()
         owner, at = torch.arange(len(lengths)).repeat_interleave(lengths), torch.arange(query.shape[2])
         mask = visible(owner[:, None] == owner, at[:, None], at)

@@ -38,8 +38,9 @@ DENSE = {
 
 
 def stage_1(**changes):
-    """The settings of stage 1 on the 7B."""
-    return replace(load_config(["--config", CONFIG_7B])[0][1], **changes)
+    """The settings of stage 1 on the 7B, with large micro-batches."""
+    large = {"activation_checkpointing": True, "micro_batch_tokens": 16384}
+    return replace(load_config(["--config", CONFIG_7B])[0][1], **large | changes)
 
 
 # -------------------------------------------------------------------------------------------------- FLOPs, parameters
@@ -93,6 +94,8 @@ def test_utilisation_by_hand(monkeypatch):
     assert utilisation(config, lengths, 90, 4.0, 2) == {"perf/tflops": flops / 1e12, "perf/trained_throughput": 90 / 8}
     monkeypatch.setattr(memory, "peak_flops", lambda: 989e12)
     assert utilisation(config, lengths, 90, 4.0, 2)["perf/mfu"] == flops / 989e12
+    once = flops - 3 * forward_flops(config, [30], 0) / 4.0 / 2  # a branch whose first 30 tokens its trunk forwards
+    assert utilisation(config, lengths, 90, 4.0, 2, [0, 30])["perf/tflops"] == pytest.approx(once / 1e12)
 
 
 # ------------------------------------------------------------------------------------------------------------- memory
@@ -135,7 +138,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_activations_are_those_autograd_keeps(name, checkpointing, monkeypatch):
     lengths, config = [2048] * 7 + [1, 300, 1747], PUBLISHED[name]
-    cfg = stage_1(activation_checkpointing=checkpointing, micro_batch_tokens=sum(lengths))
+    cfg = stage_1(activation_checkpointing=checkpointing, micro_batch_tokens=sum(lengths), packing="flat")
     monkeypatch.setattr(memory, "HEAD_CHUNK", 10**7)
     # so the largest moment is the head's backward, where all is saved and no block is repeated
     planned, saved = trainer_memory(cfg, config, 1)[1]["activations"], saved_bytes(config, lengths, checkpointing)
@@ -182,10 +185,17 @@ def test_the_gpu_at_hand_has_its_own_memory_and_the_rates_of_its_kind(name, entr
 ])  # fmt: skip
 def test_the_update_peaks_at_the_largest_of_three_moments(vocab, tokens, expected, monkeypatch):
     config = Qwen2Config(**SMALL | {"vocab_size": vocab}, tie_word_embeddings=False)
-    cfg = stage_1(micro_batch_tokens=tokens)
+    cfg = stage_1(micro_batch_tokens=tokens, packing="flat")
     monkeypatch.setattr(memory, "HEAD_CHUNK", 8)
     parts = trainer_memory(cfg, config, 1)[1]
     assert tuple(parts[k] for k in ("activations", "logit chunks", "gradient buffers")) == expected(model_sizes(config))
+
+
+def test_a_broom_keeps_the_keys_that_its_branches_see_at_most_once_more_for_each():
+    config, most = qwen_7b(), {}
+    for packing in ("flat", "broom"):
+        most[packing] = trainer_memory(stage_1(packing=packing, micro_batch_tokens=4096, activation_checkpointing=False), config, 8)[1]["activations"]
+    assert most["broom"] - most["flat"] == 3 * 4 * 512 * 4096 * 28 and most["broom"] < 1.03 * most["flat"]
 
 
 def test_what_is_sharded_halves_with_twice_the_gpus_and_the_rest_stays():

@@ -25,6 +25,9 @@ def folder_7b(tmp_path_factory):
     return str(folder)
 
 
+LARGE = ["activation_checkpointing=true", "micro_batch_tokens=16384"]
+
+
 def planned(*overrides, config=None):
     """(stages, Given) of the 7B config as the command line gives them, without a file of the model."""
     with patch.object(plan, "load_hf_config", lambda path: config or qwen_7b()):
@@ -51,7 +54,7 @@ def given(name="h100", world=8, **changes):
 
 # ------------------------------------------------------------------------------------------------- tokens and seconds
 def test_the_published_numbers_of_7b_on_8_h100():
-    p = phases("response=1000", "activation_checkpointing=false")
+    p = phases("response=1000", "activation_checkpointing=false", "packing=flat")
     assert p["update"].flops == pytest.approx(406e15, rel=0.03)
     assert p["update"].expected == pytest.approx(128, rel=0.03)                  # at 40 %
     assert 34 < p["old log-probs"].expected < 49
@@ -60,7 +63,7 @@ def test_the_published_numbers_of_7b_on_8_h100():
 
 
 def test_tokens_of_a_step_by_hand():
-    p = phases("response=800")
+    p = phases("response=800", "packing=flat")
     assert p["generate base"].sequences == p["entropy pass"].sequences == 1024 * 4
     assert p["generate base"].generated == 4096 * 800
     assert p["generate base"].tokens == 4096 * 800 + 1024 * 180  # a prompt is read once for its four responses
@@ -76,14 +79,31 @@ def test_tokens_of_a_step_by_hand():
     assert lone.generated == p["generate branches"].generated
 
 
+@pytest.mark.parametrize("fork, tokens", [(0.5, 2048 * 979 + 6144 * 399), (0.3, 2048 * 979 + 6144 * 559)])
+def test_in_brooms_what_branches_share_is_forwarded_once(fork, tokens):
+    flat, broom = (phases("response=800", f"packing={x}", f"fork={fork}") for x in ("flat", "broom"))
+    for name, parts in broom.items():
+        if name not in ("old log-probs", "update"):
+            assert parts == flat[name], "sampling and the entropy pass, which has no branches yet, are the same"
+    assert broom["update"].tokens == broom["old log-probs"].tokens == tokens
+    depth = round(800 * fork)
+    saved = 6144 * forward_flops(qwen_7b(), [180 + depth], 0)
+    assert broom["old log-probs"].flops == flat["old log-probs"].flops - saved
+    assert broom["update"].flops == flat["update"].flops - 3 * saved
+    text = report("response=800", f"fork={fork}")
+    every = 8192 * 979
+    assert f"{tokens} tokens forwarded ({tokens / every:.2f} of flat rows), {2048 * 800 + 6144 * (800 - depth)}" in text
+    for alone in ("critical=none", "clause=last"):  # a plain resample, another context: nothing is shared
+        assert phases(alone)["update"] == phases(alone, "packing=flat")["update"]
+    assert phases(stage=1)["update"] == phases("packing=flat", stage=1)["update"]
+
+
 def test_settings_that_change_the_work_change_the_phases():
     names = list(phases())
     assert names == ["generate base", "entropy pass", "generate branches", "old log-probs", "update"]
     assert list(phases(stage=1)) == ["generate base", "old log-probs", "update"]
     assert "entropy pass" not in phases("critical=none")
     assert list(phases("stages.stage1.kind=sft")) == ["update"]
-    reuse = phases("reuse_entropy_logp=true")["old log-probs"]
-    assert reuse.sequences == 6144                                               # branches only
     cut = phases("stages.stage1.max_prompt_tokens=400")["generate branches"]
     assert cut.generated == 12288 * (1000 - 220)  # a prefix never passes the prompt budget
     few = phases("prompts_per_round=256")
@@ -150,7 +170,7 @@ def test_a_faster_or_a_second_gpu_is_faster():
 
 # ---------------------------------------------------------------------------------------------------- memory and disk
 def test_memory_of_7b_by_hand():
-    peaks = plan.memory(stages()[0][1], given())
+    peaks = plan.memory(stages(*LARGE)[0][1], given())
     n, gib = 7_615_616_512, 79.1 * GIB
     for parts in peaks.values():
         assert sum(parts.values()) == pytest.approx(gib)
@@ -168,7 +188,7 @@ def test_memory_of_7b_by_hand():
 
 def test_a_model_that_stays_resident_counts_in_plan_and_share():
     """The bf16 weights of a frozen reference model on every GPU."""
-    cfg, config, gpu, frozen = stages()[0][1], qwen_7b(), GPUS["h100"], 2 * 7_615_616_512
+    cfg, config, gpu, frozen = stages(*LARGE)[0][1], qwen_7b(), GPUS["h100"], 2 * 7_615_616_512
     for alone, beside in zip(trainer_memory(cfg, config, 8), trainer_memory(cfg, config, 8, frozen), strict=True):
         assert beside == alone | {"frozen models": frozen}
     (share, line), (less, other) = engine_share(cfg, config, 8, gpu), engine_share(cfg, config, 8, gpu, frozen)
@@ -179,7 +199,7 @@ def test_a_model_that_stays_resident_counts_in_plan_and_share():
     peaks, more = plan.memory(cfg, given()), plan.memory(cfg, given(frozen=frozen))
     assert more["asleep"]["free"] == peaks["asleep"]["free"] - frozen
     assert more["awake"]["KV cache"] == pytest.approx(peaks["awake"]["KV cache"] - frozen, abs=0.01 * gpu.memory * GIB)
-    todo = stages("gpus=1", "gpu=h200")
+    todo = stages(*LARGE, "gpus=1", "gpu=h200")
     assert about(plan.report(todo, given("h200", 1)), "awake") is None
     assert about(plan.report(todo, given("h200", 1, frozen=2 * frozen)), "awake")[-1] == "gpus=2"
 
@@ -232,6 +252,7 @@ def about(text, peak):
     ("awake", ["micro_batch_tokens=500000"], {"micro_batch_tokens"}),
 ])  # fmt: skip
 def test_what_does_not_fit_is_said_with_changes_that_mend_it(peak, overrides, keys):
+    overrides = [*LARGE, *overrides]
     changes = about(report(*overrides), peak)
     assert keys <= {c.split("=")[0] for c in changes}
     for change in changes:

@@ -839,6 +839,7 @@ def test_metrics_are_those_of_all_rollouts_sampled(round_of):
         "critic/score/mean": np.mean([r.reward for r in everyone]), "response_length/mean": length.mean(),
         "response_length/max": length.max(), "response_length/clip_ratio": np.mean([r.finish == "length" for r in everyone]),
         "reward/parse_fail": 2, "branch/depth_sampled": np.mean([b.t_star or 0 for _, b in branches]),
+        "branch/depth_share_sampled": np.mean([b.t_star / len(a.response_ids) for a, b in branches if b.t_star]),
         "branch/fallback_share_sampled": np.mean([b.t_star is None for _, b in branches]),
         "branch/accuracy_base_sampled": np.mean([r.correct for r in everyone if r.parent < 0]),
         "branch/accuracy_branch_sampled": np.mean([b.correct for _, b in branches]),

@@ -6,7 +6,7 @@
     python -m tools.bench --only rollout model=DIR data=FILE.jsonl template=chat    # real prompts, text of real lengths
 
 Parts: update (packed against padded to the longest), scaling (twice the tokens, twice the chunks), score (log-prob
-pass, with and without reuse_entropy_logp), head (chunked against naive), rollout, sync, verifier, balance.
+pass), head (chunked against naive), rollout, sync, verifier, balance.
 Variants take turns. Numbers are medians of --repeats turns, ratios are of medians. key=value: as in lib/config.py.
 """
 
@@ -164,7 +164,7 @@ def loss_of(rows):
     return loss_fn
 
 
-def padded_pack(longest, rows, device, bucket=0):
+def padded_pack(longest, rows, device, bucket=0, share=False):
     """policy.pack with every sequence padded to `longest`: what an (n, longest) batch computes, to the same numbers."""
     padding = [[0] * (longest - packed_length(r)) for r in rows]
     both = list(zip(rows, padding, strict=True))
@@ -214,13 +214,9 @@ def bench_scaling(b):
 
 
 def bench_score(b):
-    """The log-prob pass over all rollouts, and over the branches alone (3 of 4), as reuse_entropy_logp leaves them."""
-    subsets = {"log-prob pass": b.rows, "branches alone": [r for i, r in enumerate(b.rows) if i % 4]}
-    cuts = {name: micro_batches(rows, b.cfg, b.rank, b.world) for name, rows in subsets.items()}
-    seconds = b.turns({name: partial(b.policy.score, cut, 1.0) for name, cut in cuts.items()})
-    b.speed("log-prob pass", seconds["log-prob pass"], forwards=1)
-    ratio = seconds["branches alone"] / seconds["log-prob pass"]
-    b.note("log-prob pass, seconds with reuse_entropy_logp / without", ratio)
+    """The log-prob pass over all rollouts."""
+    mine = micro_batches(b.rows, b.cfg, b.rank, b.world)
+    b.speed("log-prob pass", b.turns({"score": partial(b.policy.score, mine, 1.0)})["score"], forwards=1)
 
 
 def sync(b, engine):

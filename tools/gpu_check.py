@@ -102,7 +102,7 @@ LINES = [
     Line(environment, "GPU", "Driver 580 or newer, apt install gcc python3-dev, capability 8.0 or more."),
     Line(kernels.packed_attention, "", WRONG),
     Line(kernels.empty_sequences, "", f"Leave compile off. {WRONG}"),
-    Line(kernels.causal_alignment, "GPU", "Go on: no such attention is trained with here. Open an issue."),
+    Line(kernels.causal_alignment, "GPU", "Set packing=flat: branches need such attention. Open an issue."),
     Line(kernels.fp32_logits, "", WRONG),
     Line(kernels.head, "", WRONG),
     Line(parts.engine_start, "", ENGINE),

@@ -67,7 +67,7 @@ def within(errors):
 
 def trainer_attention(q, k, v, cu_q, cu_k, longest_q, longest_k):
     """What the trained model calls."""
-    where = {"cu_seq_lens_q": cu_q, "max_length_q": longest_q}
+    where = {"cu_seq_lens_q": cu_q, "max_length_q": longest_q, "cu_seq_lens_k": cu_k, "max_length_k": longest_k}
     out, _ = policy.packed_attention(None, q[None], k[None], v[None], None, q.shape[-1] ** -0.5, **where)
     return out[0].transpose(0, 1)
 
@@ -84,7 +84,7 @@ def empty_sequences(run, cfg):
 
 
 def causal_alignment(run, cfg):
-    """Where keys are longer than queries, the queries are the last tokens: the kernel's diagonal is bottom right."""
+    """Where keys are longer than queries, as in brooms, the queries are the last tokens: the diagonal is bottom right."""
 
     def attend(q, k, v, *lengths):
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # (T, heads, d)

@@ -4,7 +4,8 @@
 
 gpu is one of h100, h200, a100 (80 GB), l40s, rtx4090; gpus are those of one node, host the GiB of its own memory (0:
 this machine's, if it has a GPU). response is the tokens of a mean response, 0 for 1000, or for 40 % of
-max_response_tokens where that is less. Any other key=value is the config's.
+max_response_tokens where that is less. fork is t* as a share of it: 0.5 where t* is uniform. Any other key=value is the
+config's.
 
 Only a run knows what is assumed here (the constants below). All prompts are equally long, and so are all responses, a
 branch's inherited prefix included: no rank waits for another. The engine is vLLM, whatever `engine` says. Evaluation,
@@ -48,21 +49,21 @@ from lib.weights import load_hf_config
 MFU = 0.4  # of peak, in FLOPs executed (with checkpointing 0.3 of useful ones): FSDP at 7B on H100 has 0.35 to 0.5
 MBU = 0.7  # of the bandwidth while decoding
 MEAN_PROMPT = 180  # DAPO-Math: ~90 tokens of instruction and chat template, questions of ~270 characters at 3 a token
-DEPTH = 0.5  # t* as a share of the response: uniform
 PROCESS = 5 * GIB  # of host memory a rank takes beside weights: torch, vLLM, CUDA, data. Imports alone take 0.4
 MIXED = 0.5  # share of groups with right and wrong answers: the reference samples 1024 prompts a round for 512
 
 # the model's HF config, an entry of GPUS, how many, tokens of a mean response, bytes a GPU holds of frozen models, GiB
-# of host memory (0: unknown)
-Given = namedtuple("Given", "config gpu world response frozen host", defaults=(0, 0, 0))
-# equal sequences: how many; tokens given to each, the prompt and a branch's prefix; tokens sampled
-Batch = namedtuple("Batch", "count context new")
+# of host memory (0: unknown), t* as a share of the response
+Given = namedtuple("Given", "config gpu world response frozen host fork", defaults=(0, 0, 0, 0.5))
+# equal sequences: how many; tokens given to each, the prompt and a branch's prefix; tokens sampled; of those given, how
+# many the trainer forwards once for all branches, in the base response (lib/broom.py)
+Batch = namedtuple("Batch", "count context new shared", defaults=(0,))
 # tokens sampled, tokens through the model, useful FLOPs of all GPUs, seconds
 Phase = namedtuple("Phase", "name sequences generated tokens flops floor expected")
 
 
 # -------------------------------------------------------------------------------------------------- FLOPs and seconds
-def batches(cfg, response=0):
+def batches(cfg, response=0, fork=0.5):
     """One training step -> (rounds, prompts of one, its base and branch batches, those that are trained on)."""
     prompt = min(MEAN_PROMPT, max(1, cfg.max_prompt_tokens // 2))
     response = response or max(1, min(1000, int(0.4 * cfg.max_response_tokens)))
@@ -71,22 +72,32 @@ def batches(cfg, response=0):
     rounds = min(cfg.max_rounds, math.ceil(cfg.prompts_per_step / MIXED / cfg.prompts_per_round))
     kept = max(1, min(cfg.prompts_per_step, int(MIXED * rounds * cfg.prompts_per_round)))
     # critical=none starts branches at 0, clause=last a clause before the fork: as good as 0
-    depth = int(DEPTH * response) if cfg.critical != "none" and cfg.clause == "prefix" else 0
-    depth = min(depth, cfg.max_prompt_tokens - prompt)
+    inside = cfg.critical != "none" and cfg.clause == "prefix"
+    depth = min(int(fork * response) if inside else 0, cfg.max_prompt_tokens - prompt)
+    shared = prompt + depth if inside and cfg.packing == "broom" else 0
 
     def group(prompts):
-        branches = Batch(prompts * cfg.n1 * cfg.n2, prompt + depth, response - depth)
+        branches = Batch(prompts * cfg.n1 * cfg.n2, prompt + depth, response - depth, shared)
         return [Batch(prompts * cfg.n1, prompt, response), *([branches] if cfg.n2 else [])]
 
     return rounds, cfg.prompts_per_round, group(cfg.prompts_per_round), group(kept)
+
+
+def forwarded(parts, flat=False):
+    """Input tokens of a trainer's pass over the batches `parts`. flat: in flat rows."""
+    # a sequence's last token is no input (policy.pack)
+    return sum(b.count * (b.context + b.new - 1 - (0 if flat else b.shared)) for b in parts)
 
 
 def pass_phase(name, cfg, given, parts, minibatches=1, update=False):
     """A forward over the batches `parts`, or forward and backward, cut into minibatches and micro-batches."""
     config, gpu, world = given[:3]
     s = model_sizes(config)
-    tokens = sum(b.count * (b.context + b.new - 1) for b in parts)  # a sequence's last token is no input (policy.pack)
-    flops = done = sum(b.count * forward_flops(config, [b.context + b.new - 1], b.new) for b in parts)
+    tokens = forwarded(parts)
+    flops = done = sum(
+        b.count * (forward_flops(config, [b.context + b.new - 1], b.new) - forward_flops(config, [b.shared], 0))
+        for b in parts
+    )
     if update:  # the chunked head is multiplied once more, as every block is with checkpointing
         again = flops if cfg.activation_checkpointing else 2 * s.head * sum(b.count * b.new for b in parts)
         flops, done = 3 * flops, 3 * flops + again
@@ -100,7 +111,7 @@ def pass_phase(name, cfg, given, parts, minibatches=1, update=False):
 def decode_phase(name, cfg, given, batch, rounds, prefill):
     """Generating `batch` `rounds` times. prefill: requests of a round whose context is in no prefix cache yet."""
     config, gpu, world = given[:3]
-    s, (count, context, new) = model_sizes(config), batch
+    s, (count, context, new, _) = model_sizes(config), batch
     mine, mean = math.ceil(count / world), context + (new + 1) / 2  # tokens in a sequence's cache when read, on average
     room = memory(cfg, given)["awake"]["KV cache"] // s.kv_bytes
     # sequences decoded together; no room at all: seconds as if there were, and `warnings` says so
@@ -120,7 +131,7 @@ def decode_phase(name, cfg, given, batch, rounds, prefill):
 
 def step_phases(cfg, given):
     """The phases of one training step, in order."""
-    rounds, prompts, sampled, kept = batches(cfg, given.response)
+    rounds, prompts, sampled, kept = batches(cfg, given.response, given.fork)
     minibatches = math.ceil(kept[0].count / (cfg.n1 if rounds else 1) / cfg.prompts_per_minibatch)
     update = pass_phase("update", cfg, given, kept, minibatches, update=True)
     if not rounds:
@@ -131,8 +142,7 @@ def step_phases(cfg, given):
         out.append(pass_phase("entropy pass", cfg, given, [base._replace(count=rounds * base.count)]))
     if cfg.n2:  # round 1 left prompt and prefix in the cache
         out.append(decode_phase("generate branches", cfg, given, sampled[1], rounds, 0))
-    parts = kept[1:] if cfg.reuse_entropy_logp and scored else kept
-    out.append(pass_phase("old log-probs", cfg, given, parts, minibatches))
+    out.append(pass_phase("old log-probs", cfg, given, kept, minibatches))
     surveys = load_method(cfg, HOOKS).survey_minibatch is not HOOKS["survey_minibatch"]
     if surveys and minibatches > 1:  # for the first minibatch the old log-probs are the present ones
         rest = [b._replace(count=b.count * (minibatches - 1) // minibatches) for b in kept]
@@ -144,7 +154,7 @@ def step_phases(cfg, given):
 def memory(cfg, given):
     """Bytes of one GPU by part at the two peaks of trainer_memory -> {"awake": parts, "asleep": parts}. `free` is the
     rest, negative where it does not fit."""
-    config, gpu, world, _, frozen, _ = given
+    config, gpu, world, _, frozen = given[:5]
     s, total = model_sizes(config), gpu.memory * GIB
     cache = max(0, engine_room(cfg, config, world, gpu, frozen)[2]) * s.kv_bytes
     work, graphs = engine_overhead(config, gpu)
@@ -241,11 +251,14 @@ def warnings(stages, given):
 
 def stage_report(name, cfg, given):
     """-> (lines about one stage, its expected hours)."""
-    rounds, prompts, _, kept = batches(cfg, given.response)
+    rounds, prompts, _, kept = batches(cfg, given.response, given.fork)
     n, trained = rounds * prompts, sum(b.count for b in kept)
     about = f"{n} prompts x {cfg.group_size} = {n * cfg.group_size} rollouts, {trained} of them trained on"
     lines = ["", f"{name}, one of {cfg.steps} steps: {about if rounds else f'{trained} rows'}"]
     lines += [f"  {b.count} sequences of {b.context} tokens given + {b.new} new" for b in kept]
+    tokens, flat, loss = forwarded(kept), forwarded(kept, flat=True), sum(b.count * b.new for b in kept)
+    share = f"{tokens / flat:.2f} of flat rows"
+    lines.append(f"  a pass over them: {tokens} tokens forwarded ({share}), {loss} tokens with a loss")
     phases = step_phases(cfg, given)
     step = Phase("step", 0, *(sum(p[i] for p in phases) for i in range(2, 7)))
     table = [["", "sequences", "generated", "forward tokens", "PFLOP", "floor", "expected"]]
@@ -290,11 +303,12 @@ def report(stages, given):
 
 def arguments(argv):
     """Command line -> (stages with so many steps as max_steps leaves of them, Given). ValueError names the key."""
-    own = {"gpu": "h100", "gpus": "8", "response": "0", "host": "0"}
+    own = {"gpu": "h100", "gpus": "8", "response": "0", "host": "0", "fork": "0.5"}
     own |= dict(a.partition("=")[::2] for a in argv if a.split("=")[0] in own)
     stages = load_config([a for a in argv if a.split("=")[0] not in own], usage=__doc__)
     first, most = stages[0][1], min(c.max_response_tokens for _, c in stages)
-    limits = {"gpu": list(GPUS), "gpus": range(1, 1025), "response": range(most + 1), "host": range(10**6)}
+    limits = {"gpu": list(GPUS), "gpus": range(1, 1025), "response": range(most + 1), "host": range(10**6),
+              "fork": [f"{k / 100:g}" for k in range(101)]}  # fmt: skip
     for key, allowed in limits.items():
         if own[key] not in map(str, allowed):
             names = ", ".join(allowed) if key == "gpu" else f"{allowed[0]} to {allowed[-1]}"
@@ -308,7 +322,8 @@ def arguments(argv):
     unmade = path == toy.FOLDER and not os.path.exists(f"{path}/config.json")
     config = toy.toy_config() if unmade else load_hf_config(path)  # the toy has a shape before it has a folder
     there = int(own["host"]) or (host_memory() if torch.cuda.is_available() else 0)
-    return stages, Given(config, GPUS[own["gpu"]], int(own["gpus"]), int(own["response"]), host=there)
+    numbers = int(own["gpus"]), int(own["response"]), 0, there, float(own["fork"])
+    return stages, Given(config, GPUS[own["gpu"]], *numbers)
 
 
 def main(argv):
