@@ -34,7 +34,7 @@ def packed_attention(module, query, key, value, mask, scaling=None, cu_seq_lens_
     query (1, heads, T, d), key/value (1, kv_heads, T, d) -> (1, T, heads, d), None. cu_seq_lens_q, cu_seq_lens_k
     (n + 1,) int32: borders of the sequences' queries in the row, and of their keys in `seen` (K,), the positions of all
     keys one sequence after the other (lib/broom.py); None: in the row. A sequence's queries are the last of its keys.
-    CUDA: torch's own variable-length flash kernel. CPU: a loop over sequences, the same numbers without a T x T mask."""
+    CUDA: torch's own variable-length flash kernel. CPU: a loop over sequences, without a T x T mask."""
     if seen is not None:
         key, value = gather_tokens(key, seen), gather_tokens(value, seen)
     if not query.is_cpu:

@@ -84,7 +84,7 @@ def empty_sequences(run, cfg):
 
 
 def causal_alignment(run, cfg):
-    """Where keys are longer than queries, as in brooms, the queries are the last tokens: the diagonal is bottom right."""
+    """Where keys are longer than queries, as in brooms, queries are the last tokens: the diagonal is bottom right."""
 
     def attend(q, k, v, *lengths):
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # (T, heads, d)
