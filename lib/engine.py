@@ -57,8 +57,8 @@ def gap_limit(dtype, gaps):
 
 def checked(named, params, fused=None):
     """Pass on (HF name, full tensor) pairs. Once the engine has taken one, compare it with the engine's parameter of
-    that name, exactly, in the engine's dtype. AssertionError names a tensor that did not arrive. A tensor that the engine
-    knows by a name of its own is not compared.
+    that name, exactly, in the engine's dtype. AssertionError names a tensor that did not arrive. A tensor that the
+    engine knows by a name of its own is not compared.
 
     params: {name: the engine's parameter}. fused: {its name of a module: the parts that it stacks, all but the first of
     one length}. Parts may come in any order."""
@@ -194,8 +194,8 @@ def draw(logits, u, sampling):
 
 @contextlib.contextmanager
 def process_settings_kept():
-    """Put back what `import vllm` and LLM() change for the whole process: the states of the CPU's random generators, matmul
-    precision, threads, and the threads that compile the trainer's blocks (vLLM asks for one)."""
+    """Put back what `import vllm` and LLM() change for the whole process: the states of the CPU's random generators,
+    matmul precision, threads, and the threads that compile the trainer's blocks (vLLM asks for one)."""
     variable = "TORCHINDUCTOR_COMPILE_THREADS"
     compile_threads, threads = os.environ.get(variable), torch.get_num_threads()
     precision = torch.get_float32_matmul_precision()

@@ -122,8 +122,8 @@ def engine_overhead(config, gpu):
     """Bytes that vLLM takes of its share beside weights and KV cache -> (activations and sampling, CUDA graphs). The
     graphs stay on the GPU while the engine sleeps.
 
-    A batch of T tokens: input and output of the MLP's activation, 6 I, the residual stream, 4 D. A sequence: fp32 logits and the
-    counts of the penalties, 8 V. Graphs: 1.5 GiB, assumed; no GPU has shown it."""
+    A batch of T tokens: input and output of the MLP's activation, 6 I, the residual stream, 4 D. A sequence: fp32
+    logits and the counts of the penalties, 8 V. Graphs: 1.5 GiB, assumed; no GPU has shown it."""
     slots, tokens = engine_batch(gpu)
     work = tokens * (6 * config.intermediate_size + 4 * config.hidden_size) + 8 * slots * config.vocab_size
     return work, 1.5 * GIB
@@ -163,7 +163,8 @@ def engine_share(cfg, config, world, gpu, frozen=0):
 
 def peak_memory():
     """GiB at the highest: of this rank's GPU as torch counts it, since the last call; of the process where there is no
-    GPU, since its start. torch also counts vLLM's pool, awake or asleep (vLLM's issues 17117, 33625): here it is left out. Its CUDA graphs are outside the pool, and count."""
+    GPU, since its start. torch also counts vLLM's pool, awake or asleep (vLLM's issues 17117, 33625): here it is left
+    out. vLLM's CUDA graphs are outside the pool, and count."""
     if torch.cuda.is_available():
         cumem = sys.modules.get("vllm.device_allocator.cumem")
         pool = cumem.CuMemAllocator.get_instance().get_current_usage() if cumem else 0

@@ -253,6 +253,7 @@ class PretendedGPU:
         monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 29, 7))
 
 
+@pytest.mark.slow
 def test_engine_and_trainer_that_leave_too_little_room_fail(check, monkeypatch):
     names = "engine_start", "trainer_start", "wake_and_sync", "engine_sleep"
     PretendedGPU(monkeypatch, free=60)
@@ -265,6 +266,7 @@ def test_engine_and_trainer_that_leave_too_little_room_fail(check, monkeypatch):
     assert set(statuses(rows).values()) == {"FAIL"} and "Lower gpu_memory_utilization" in rows["wake_and_sync"]["do"]
 
 
+@pytest.mark.slow
 def test_an_update_over_the_plan_fails_and_one_that_cannot_fit_is_left_out(check, monkeypatch):
     for peak, status in ((0.2, "PASS"), (3, "FAIL")):
         PretendedGPU(monkeypatch, free=60, peak=peak)
