@@ -101,7 +101,7 @@ class Config:
     compile: bool = key(False, "torch.compile every block, packed inputs padded to a few shapes", None, RUN)
     engine_rows: int = key(256, "torch engine: sequences decoded together", "> 0", RUN)
     gpu_memory_utilization: float = key(0.0, "vllm on CUDA: share of the GPU; 0 = what the trainer leaves", ">= 0", RUN)
-    max_logp_gap: float = key(0.0, "stop above this mean |logp trainer - engine|, nats; 0 = by dtype", ">= 0")
+    max_logp_gap: float = key(0.0, "stop above this mean gap of trainer and engine, nats; 0: engine.gap_limit", ">= 0")
     seed: int = key(0, "of all noise", None, RUN)
     title("evaluation while training")
     eval_data: str = key("", "like data, or a benchmark: NAME, NAME:FILE (lib/data.BENCHMARKS); empty = none")

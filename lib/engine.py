@@ -51,13 +51,14 @@ def gap_limit(dtype, gaps):
         return 1e-3
     if not gaps:
         return 0.3  # more is no rounding, on any step
-    # 2e-3: half the spacing of bf16 at 1, for a policy that is sure of nearly all tokens
+    # 2e-3: half the spacing of bf16 just below 1, for a policy that is sure of nearly all tokens
     return min(0.3, max(0.05, 3 * gaps[0]), max(2e-3, 3 * float(np.median(gaps))))
 
 
 def checked(named, params, fused=None):
     """Pass on (HF name, full tensor) pairs. Once the engine has taken one, compare it with the engine's parameter of
-    that name, exactly, in the engine's dtype. AssertionError names a tensor that did not arrive.
+    that name, exactly, in the engine's dtype. AssertionError names a tensor that did not arrive. A tensor that the
+    engine knows by a name of its own is not compared.
 
     params: {name: the engine's parameter}. fused: {its name of a module: the parts that it stacks, all but the first of
     one length}. Parts may come in any order."""
@@ -193,21 +194,23 @@ def draw(logits, u, sampling):
 
 @contextlib.contextmanager
 def process_settings_kept():
-    """Put back what `import vllm` and LLM() change for the whole process: the states of the random generators, matmul
-    precision, threads, and the threads that compile the trainer's blocks (vLLM asks for one)."""
+    """Put back what `import vllm` and LLM() change for the whole process: the states of the CPU's random generators,
+    matmul precision, threads, and the threads that compile the trainer's blocks (vLLM asks for one)."""
     variable = "TORCHINDUCTOR_COMPILE_THREADS"
     compile_threads, threads = os.environ.get(variable), torch.get_num_threads()
     precision = torch.get_float32_matmul_precision()
     rng = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    yield
-    random.setstate(rng[0]), np.random.set_state(rng[1]), torch.set_rng_state(rng[2])
-    torch.set_float32_matmul_precision(precision)
-    torch.set_num_threads(threads)
-    os.environ.pop(variable, None)
-    if compile_threads is not None:
-        os.environ[variable] = compile_threads
-    if inductor := sys.modules.get("torch._inductor.config"):  # it has read the variable when it was imported
-        inductor.compile_threads = inductor.decide_compile_threads()
+    try:
+        yield
+    finally:
+        random.setstate(rng[0]), np.random.set_state(rng[1]), torch.set_rng_state(rng[2])
+        torch.set_float32_matmul_precision(precision)
+        torch.set_num_threads(threads)
+        os.environ.pop(variable, None)
+        if compile_threads is not None:
+            os.environ[variable] = compile_threads
+        if inductor := sys.modules.get("torch._inductor.config"):  # it has read the variable when it was imported
+            inductor.compile_threads = inductor.decide_compile_threads()
 
 
 def import_vllm(cuda):

@@ -70,6 +70,7 @@ def model_sizes(config):
             with torch.device("meta"):
                 lm = AutoModelForCausalLM.from_config(config)
             blocks, width, _ = lm.base_model.layers, config.hidden_size, config.intermediate_size
+            attention = blocks[0].self_attn
         except (ValueError, AttributeError) as e:
             raise ValueError(f"model: {config.model_type!r} is no llama-like decoder: {str(e).splitlines()[0]}") from e
         params, block = (sum(p.numel() for p in m.parameters()) for m in (lm, blocks[0]))
@@ -77,7 +78,7 @@ def model_sizes(config):
         layers, head = len(blocks), width * config.vocab_size
         head_dim = getattr(config, "head_dim", None) or width // config.num_attention_heads
         heads, kv = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-        normed = heads + kv if hasattr(blocks[0].self_attn, "q_norm") else 0
+        normed = heads + kv if hasattr(attention, "q_norm") else 0
         root, kv_bytes = params - layers * block, 2 * 2 * kv * layers
         _SIZES[key] = Sizes(params, block, layers, root, linear, head, heads, kv, normed, kv_bytes)
     return _SIZES[key]
@@ -123,8 +124,8 @@ def engine_overhead(config, gpu):
     """Bytes that vLLM takes of its share beside weights and KV cache -> (activations and sampling, CUDA graphs). The
     graphs stay on the GPU while the engine sleeps.
 
-    A batch of T tokens: the MLP's input and output, 6 I, the residual stream, 4 D. A sequence: fp32 logits and the
-    counts of the penalties, 8 V. Graphs: 1.5 GiB, assumed; no GPU has shown it."""
+    A batch of T tokens: input and output of the MLP's activation, 6 I, the residual stream, 4 D. A sequence: fp32
+    logits and the counts of the penalties, 8 V. Graphs: 1.5 GiB, assumed; no GPU has shown it."""
     slots, tokens = engine_batch(gpu)
     work = tokens * (6 * config.intermediate_size + 4 * config.hidden_size) + 8 * slots * config.vocab_size
     return work, 1.5 * GIB
@@ -164,7 +165,8 @@ def engine_share(cfg, config, world, gpu, frozen=0):
 
 def peak_memory():
     """GiB at the highest: of this rank's GPU as torch counts it, since the last call; of the process where there is no
-    GPU, since its start. torch also counts vLLM's pool, awake or asleep (vLLM's issues 17117, 33625): not so here."""
+    GPU, since its start. torch also counts vLLM's pool, awake or asleep (vLLM's issues 17117, 33625): here it is left
+    out. vLLM's CUDA graphs are outside the pool, and count."""
     if torch.cuda.is_available():
         cumem = sys.modules.get("vllm.device_allocator.cumem")
         pool = cumem.CuMemAllocator.get_instance().get_current_usage() if cumem else 0

@@ -40,8 +40,8 @@ def open_lm(path, dtype, attention):
     ValueError names `model`."""
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        how = {"dtype": config.dtype if dtype == "auto" else dtype, "attn_implementation": attention}
         with torch.device("meta"):
+            how = {"dtype": dtype, "attn_implementation": attention}
             lm = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **how)
         with contextlib.suppress(OSError):  # without the file it is made from the configuration
             lm.generation_config = GenerationConfig.from_pretrained(path)
@@ -62,15 +62,22 @@ def open_lm(path, dtype, attention):
         refuse_unsupported(lm)
     for module in lm.modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, torch.empty_like(buffer, device="cpu"))
+            nothing = float("nan") if buffer.is_floating_point() else 0
+            setattr(module, name, torch.full_like(buffer, nothing, device="cpu"))
     lm.initialize_weights()  # as from_pretrained computes buffers; to parameters on the meta device it does nothing
+    for name, buffer in lm.named_buffers():
+        if name in stored:
+            buffer.copy_(stored[name][...])
+        if buffer.is_floating_point() and buffer.isnan().any():
+            raise ValueError(f"model: {path!r} lacks the buffer {name}, and it is not computed")
     return lm.eval(), {name: stored[name] for name in parameters}  # eval: no dropout, one function for all log-probs
 
 
 def open_files(path):
     """{name: slice} of all tensors in the safetensors files of an HF folder or hub id. Only headers are read."""
     if not os.path.isdir(path):
-        path = snapshot_download(path, allow_patterns=["*.safetensors", "*.json"])
+        # no "*": it goes into folders, and there are repositories with the same weights under other names
+        path = snapshot_download(path, allow_patterns=["model*.safetensors", "model*.json"])
     names, index = ["model.safetensors"], read_json(f"{path}/model.safetensors.index.json")
     if index and not os.path.exists(f"{path}/{names[0]}"):
         names = sorted(set(index["weight_map"].values()))

@@ -68,6 +68,7 @@ def test_a_wrong_setting_is_one_line_that_names_the_key(capsys):
         assert e.value.code == 2 and err.startswith(f"error: {key}: ") and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_head_alone_in_a_process_counts_its_own_memory():
     """The logits of 8192 tokens and 4000 symbols are 125 MiB; the naive head holds several, a chunk is an eighth."""
     b = SimpleNamespace(rank=0, notes={}, progress=lambda turns, what: turns)

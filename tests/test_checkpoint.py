@@ -64,6 +64,7 @@ def test_a_run_resumes_on_another_rank_count_with_the_same_tokens(whole, config,
         assert m["actor/grad_norm"] == pytest.approx(w["actor/grad_norm"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_in_many_pieces_is_read_on_any_rank_count(whole, whole2, config, run, tmp_path):
     assert run(*argv(config, tmp_path / "2", "max_steps=4"), ranks=2, piece=200_000).codes == [0, 0]
     pieces = sorted((tmp_path / "2/ckpt/step_000004/state").iterdir())

@@ -12,6 +12,7 @@ import torch
 from conftest import WORLDS, largest, loss_of, one_minibatch, ragged
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 import cure
 from lib import policy as policy_module
@@ -617,7 +618,6 @@ def test_saved_folder_reloads_in_transformers_with_the_same_logits(name, request
 
 def stored_otherwise(source, folder, form):
     """A copy of a model folder: its weights in bf16, in several files with an index, or the tied one as the head's."""
-    from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM
     if form in ("bf16", "sharded"):
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16 if form == "bf16" else torch.float32)
@@ -658,7 +658,6 @@ def test_weights_and_buffers_are_those_of_transformers_bit_for_bit(name, form, r
 
 
 def test_a_tensor_that_is_not_what_the_configuration_says_is_refused_by_its_name(sharp, odd, cpu, tmp_path):
-    from safetensors.torch import load_file, save_file
 
     def folder(name, source, change):
         shutil.copytree(source, tmp_path / name)
@@ -703,7 +702,7 @@ def test_a_hub_id_is_read_from_its_local_snapshot(sharp, cpu, monkeypatch):
 
     monkeypatch.setattr(weights_module, "snapshot_download", snapshot)
     stored = weights_module.open_files("somebody/model")
-    assert asked == [("somebody/model", ["*.safetensors", "*.json"])]
+    assert asked == [("somebody/model", ["model*.safetensors", "model*.json"])]
     assert all(torch.equal(stored[name][...], w) for name, w in plain_model(sharp).named_parameters())
     weights_module.open_files(sharp)
     assert len(asked) == 1, "a folder is no hub id"
@@ -873,7 +872,6 @@ def test_pickled_weights_are_refused_unread_naming_the_key(sharp, cpu, tmp_path,
 
 
 def test_a_model_file_that_lacks_a_tensor_is_refused_by_its_name(sharp, cpu, tmp_path):
-    from safetensors.torch import load_file, save_file
     shutil.copytree(sharp, tmp_path / "model")
     weights = load_file(tmp_path / "model/model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
@@ -909,6 +907,20 @@ def test_a_granite_folder_is_refused_where_the_policy_loads_it_and_by_it_alone(t
     with pytest.raises(ValueError, match="^model: a granite with logits_scaling 8"):
         load_lm(str(tmp_path), torch.float32, "packed")
     load_lm(str(tmp_path), torch.float32, "sdpa")           # an engine's own forward scales
+
+
+def test_buffers_of_the_file_are_read_and_one_that_nothing_computes_is_refused(tmp_path):
+    from transformers import ApertusConfig, ApertusForCausalLM
+    one = ApertusConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+                        num_key_value_heads=1)  # fmt: skip
+    ApertusForCausalLM(one).save_pretrained(tmp_path)
+    stored, name = load_file(tmp_path / "model.safetensors"), "model.layers.0.mlp.act_fn.beta"
+    save_file(stored | {name: torch.tensor(0.75)}, tmp_path / "model.safetensors")
+    assert dict(load_lm(str(tmp_path), torch.float32, "sdpa").named_buffers())[name] == 0.75
+    del stored[name]
+    save_file(stored, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=f"^model: .* lacks the buffer {name}"):
+        load_lm(str(tmp_path), torch.float32, "sdpa")
 
 
 def test_sliding_window_attention_is_refused_because_the_packed_forward_has_none(sharp, cpu, tmp_path):

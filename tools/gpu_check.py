@@ -35,6 +35,7 @@ from lib import toy
 from lib.checkpoint import LOGS
 from lib.config import HERE, load_config
 from lib.files import replace_file
+from lib.memory import model_sizes
 from lib.ranks import end_group, everywhere, gather, init_distributed, leave, one_line_errors
 from lib.run import Run, versions
 from lib.weights import load_tokenizer
@@ -42,28 +43,33 @@ from tools import bench
 from tools import gpu_kernels as kernels
 from tools import gpu_parts as parts
 
-PATIENCE = 600  # seconds; a line that takes longer ends the program, with every thread's stack on stderr
-LARGE = ["n1=4", "max_prompt_tokens=1024", "max_response_tokens=256", "micro_batch_tokens=16384"]
+PATIENCE = 600  # seconds; a line that takes longer ends the program, with every thread's stack on stderr. A checkpoint
+DISK = 4e6  # may take longer by its parameters over this, a second: 16 bytes each at 64 MB/s
+LARGE = ["n1=4", "max_prompt_tokens=1024", "max_response_tokens=256", "micro_batch_tokens=16384",
+         "activation_checkpointing=true"]  # fmt: skip
 SHAPES = {  # settings, all of which the command line can change
     "toy": ["n1=2", "max_prompt_tokens=64", "max_response_tokens=48", "micro_batch_tokens=1024",
             "gpu_memory_utilization=0.2"],  # a larger share would be millions of cache blocks
     "0.5b": LARGE,
     "1.5b": LARGE,
-    "7b": [*LARGE, "activation_checkpointing=true"],
+    "7b": LARGE,
 }  # fmt: skip
 # the learning rate is small: an engine that lacks one step of it must still show
 COMMON = ["n2=3", "prompts_per_step=4", "prompts_per_minibatch=4", "lr=1e-4", "warmup=0", "weight_decay=0"]
 
 
 def environment(run, cfg):
-    """Driver and GPU are new enough, and Triton finds a C compiler and Python's headers, which it needs at run time."""
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    """torch sees the GPU, it is new enough, and Triton finds what it needs: a C compiler and Python's headers."""
+    query, driver = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], "unknown"
+    if shutil.which(query[0]) and (lines := subprocess.run(query, capture_output=True, text=True).stdout.split()):
+        driver = lines[0]
+    if not torch.cuda.is_available():  # an old driver looks like no GPU to torch
+        return (parts.LEFT_OUT if driver == "unknown" else False), {"driver": driver, "torch sees": "no GPU"}
     headers = f"{sysconfig.get_paths()['include']}/Python.h"
     major, minor = torch.cuda.get_device_capability()
     found = {"driver": driver, "compiler": shutil.which("gcc") or shutil.which("cc") or "none",
              "headers": headers if os.path.exists(headers) else "none", "capability": f"{major}.{minor}"}  # fmt: skip
-    return "none" not in found.values() and int(driver.split(".")[0]) >= 580 and major >= 8, found
+    return "none" not in found.values() and major >= 8, found
 
 
 def clean_exit(run, cfg):
@@ -74,7 +80,7 @@ def clean_exit(run, cfg):
     release()
     argv = [sys.executable, "-m", "tools.gpu_check", "shape=toy", "only=trainer_start,wake_and_sync",
             f"engine={cfg.engine}", f"out={run.out}/exit.json"]  # fmt: skip
-    env = {k: v for k, v in os.environ.items() if k not in toy.LAUNCHER and not k.startswith("TORCHELASTIC")}
+    env = {k: v for k, v in os.environ.items() if not k.startswith(toy.LAUNCHER)}
     done = subprocess.run(argv, cwd=HERE, env=env, capture_output=True, text=True, timeout=PATIENCE / 2)
     last = {"last line": (done.stderr.strip() or "none").splitlines()[-1]} if done.returncode else {}
     return done.returncode == 0, {"exit code": done.returncode} | last
@@ -99,7 +105,7 @@ ROOM = "Is another process on the GPU? Lower gpu_memory_utilization or micro_bat
 RUNNER = "Set VLLM_USE_V2_MODEL_RUNNER=0. If the line passes then, train with it. Open an issue."
 ENGINE = f"An error: {RUNNER} No room: {ROOM}"
 LINES = [
-    Line(environment, "GPU", "Driver 580 or newer, apt install gcc python3-dev, capability 8.0 or more."),
+    Line(environment, "", "Driver 580 or newer, apt install gcc python3-dev, capability 8.0 or more."),
     Line(kernels.packed_attention, "", WRONG),
     Line(kernels.empty_sequences, "", f"Leave compile off. {WRONG}"),
     Line(kernels.causal_alignment, "GPU", "Set packing=flat: branches need such attention. Open an issue."),
@@ -176,7 +182,8 @@ def run_lines(run, cfg, only, write):
         name = line.check.__name__
         if only and name not in wanted:
             continue
-        faulthandler.dump_traceback_later(PATIENCE, exit=True, file=sys.__stderr__)
+        patience = PATIENCE + model_sizes(run.config).params / DISK
+        faulthandler.dump_traceback_later(patience, exit=True, file=sys.__stderr__)
         start = time.perf_counter()
         status, numbers, note = outcome(line, run, cfg)
         faulthandler.cancel_dump_traceback_later()
@@ -202,7 +209,7 @@ def arguments(argv):
     if not os.path.isdir(os.path.dirname(os.path.abspath(own["out"]))):
         raise ValueError(f"out: no such folder: {os.path.dirname(own['out'])}")
     engine = ["engine=vllm"] if importlib.util.find_spec("vllm") else []  # on a CPU as well
-    rest = [a for a in argv if a.split("=")[0] not in own]
+    rest = [a for a in argv if a.split("=")[0] not in own or "=" not in a]
     (_, cfg), *_ = load_config([*COMMON, *SHAPES[own["shape"]], *engine, *rest], usage=__doc__)
     return own["shape"], only, own["out"], cfg
 

@@ -67,11 +67,12 @@ def roomy(numbers, need):
 
 # --------------------------------------------------------------------------------------------------- start and weights
 def engine_start(run, cfg):
-    """The engine starts, before the trainer, and sleeps. The GPU then has room for the trainer's update."""
+    """The engine starts, on a GPU vLLM, and sleeps. The GPU then has room for the trainer's update."""
     numbers = {}
     with metered(numbers):
         run.engine = make_engine(run, run.path, {0})
-    return roomy(numbers, planned(run, cfg, 1)), {"engine": type(run.engine).__name__} | numbers
+    wanted = not torch.cuda.is_available() or cfg.engine == "torch" or hasattr(run.engine, "llm")
+    return wanted and roomy(numbers, planned(run, cfg, 1)), {"engine": type(run.engine).__name__} | numbers
 
 
 def trainer_start(run, cfg):
@@ -89,7 +90,7 @@ def sharded_gradient(run, cfg):
     mine = bench.micro_batches(rows, replace(cfg, micro_batch_tokens=256), run.rank, run.world)
     loss = bench.loss_of(rows)
     norm, _ = run.policy.update(mine, loss, 1.0, 0.0, 0.0)  # lr 0: the weights stay
-    run.policy.new_optimizer(cfg)
+    run.policy.opt.state.clear()  # room for the plain copy
     for micro in mine:
         loss(micro, *run.policy.forward(micro, 1.0)).backward()
     true = {}
@@ -107,6 +108,7 @@ def sharded_gradient(run, cfg):
             apart += (full - true[name]).double().square().sum().item()
             total += true[name].double().square().sum().item()
     run.policy.opt.zero_grad(set_to_none=True)
+    run.policy.new_optimizer(cfg)
     if run.rank:
         return True, {}
     numbers = {"gradient apart, relative": (apart / total) ** 0.5, "norm / true norm - 1": norm / total**0.5 - 1}
@@ -257,10 +259,10 @@ def save_and_resume(run, cfg):
     rows = bench.rollouts(4 * run.world, 16, 40, run.config.vocab_size)
     mine, loss, clock = bench.micro_batches(rows, cfg, run.rank, run.world), bench.loss_of(rows), {}
     run.policy.update(mine, loss, 1.0, 1e-4)
-    saved = {k: x.to_local().clone() for k, x in run.policy.state().items()}
+    saved = {k: x.to_local().to("cpu", copy=True) for k, x in run.policy.state().items()}
 
     def not_as_saved():
-        return sum(not torch.equal(x.to_local(), saved[k]) for k, x in run.policy.state().items())
+        return sum(not torch.equal(x.to_local().cpu(), saved[k]) for k, x in run.policy.state().items())
 
     run.state.update(step=1, stage_step=1)
     with timed(clock, "save"):
@@ -281,10 +283,9 @@ def timed_update(run, cfg, name):
         run.engine.sleep()
     run.policy = None
     need = planned(run, cfg, 1)
-    if torch.cuda.is_available() and need > (total := torch.cuda.mem_get_info()[1] / GIB):
-        return LEFT_OUT, {"GiB planned": need, "GiB of the GPU": total}
     gc.collect()
-    torch.cuda.empty_cache()
+    if torch.cuda.is_available() and need > (free := free_gib()):
+        return LEFT_OUT, {"GiB planned": need, "GiB free": free}
     before = torch.cuda.memory_allocated()  # torch counts vLLM's pool, and does so while that sleeps. 0 without a GPU
     run.policy = policy.Policy(cfg, run.path, run.device)
     rows, mine = workload(run, cfg)
@@ -315,7 +316,7 @@ def update_checkpointed(run, cfg):
 
 
 def update_compiled(run, cfg):
-    """The same with every block compiled. Same gradient."""
+    """The same with every block compiled, checkpointed unless the command line says no. Same gradient."""
     return timed_update(run, replace(cfg, compile=True), "compiled")
 
 

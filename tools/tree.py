@@ -88,7 +88,7 @@ def rank_tokens(group, model, temperature):
 
     from lib.weights import load_lm, load_tokenizer
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    lm, (tokenizer, _) = load_lm(model, "auto", "sdpa").to(device).eval(), load_tokenizer(model)
+    lm, (tokenizer, _) = load_lm(model, torch.float32, "sdpa").to(device), load_tokenizer(model)
     out = []
     for row in group:
         ids = torch.tensor(row["prompt_ids"] + row["prefix_ids"] + row["response_ids"], device=device)
