@@ -22,7 +22,7 @@ import torch
 from lib.config import load_config
 from lib.memory import peak_memory
 from lib.policy import cut, pack
-from lib.ranks import leave, one_line_errors
+from lib.ranks import init_distributed, leave, one_line_errors
 from rollout import Rollout
 from tools.bench import PROMPT, SHAPES, Bench, loss_of, random_model, shape_config
 from tools.common import picture
@@ -118,7 +118,7 @@ def main(argv):
         (_, cfg), *_ = load_config(["n1=4", "n2=3", "micro_batch_tokens=4096", *rest])
     with tempfile.TemporaryDirectory() as folder:
         config = shape_config(args.shape)
-        random_model(config, folder)
+        random_model(config, folder, init_distributed()[2])
         args.rollouts, args.mean, args.longest = 1, args.response, args.response
         b = Bench(args, cfg, config, folder)
         compare(b, group(cfg, PROMPT, args.response, args.fork, config.vocab_size), args.only.split(","))
