@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT, largest, ragged
 
 from lib import policy
-from tools import bench
+from tools import bench, brooms
 
 
 def run(*argv, ranks=1):
@@ -84,3 +84,14 @@ def test_the_head_alone_in_a_process_counts_its_own_memory():
 def test_shapes_have_the_published_models_sizes(shape, millions):
     from lib.memory import model_sizes
     assert model_sizes(bench.shape_config(shape)).params / 1e6 == pytest.approx(millions, abs=0.1)
+
+
+def test_brooms_are_compared_with_flat_rows_and_drawn(tmp_path, capsys):
+    """4 base responses of 20 tokens and 3 branches of each from the middle, prompts of 64 tokens."""
+    assert brooms.main(["--shape", "toy", "--response", "20", "--repeats", "1"]) == 0
+    found = dict(line.rsplit(None, 1) for line in capsys.readouterr().out.splitlines())
+    flat, broom = 16 * (64 + 19), 4 * (64 + 19) + 12 * 9
+    assert float(found["flat: tokens forwarded"].replace(",", "")) == flat
+    assert float(found["broom / flat, tokens"]) == pytest.approx(broom / flat, rel=1e-3)
+    assert abs(float(found["gradient norm broom / flat - 1"])) <= 1e-4 and float(found["broom / flat, seconds"]) > 0
+    assert brooms.main(["--picture", str(tmp_path / "broom.png")]) == 0 and (tmp_path / "broom.png").stat().st_size > 5000
