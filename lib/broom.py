@@ -12,7 +12,7 @@ gradients of all of them meet in the trunk. docs/broom.png shows a row.
 
 A micro-batch has a branch right after its trunk or after another branch of it. That order is all that the row is read
 from (`skips`). A rollout that shares nothing stays a flat row: a plain resample (t* None), a clause that is not all of
-the response before t* (clause=last), a parent that is not there, a branch for which the budget has no room.
+the response before t* (clause=last), a group without its base responses, a branch for which the budget has no room.
 """
 
 

@@ -145,7 +145,7 @@ def refuse_changes(run, folder):
         raise ValueError(f"stages: the run in {run.out} has the stages {was}, now {now}; {advice}")
     changes = {}  # (key, old, new) -> stages
     for name, cfg in run.stages:
-        old = {**vars(Config()), **saved[name]}
+        old = {**vars(Config()), "packing": "flat", **saved[name]}  # what runs had before there were brooms
         for key, value in vars(cfg).items():
             if key not in keys(FREE) and old[key] != value:
                 changes.setdefault((key, repr(old[key]), repr(value)), []).append(name)

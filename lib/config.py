@@ -244,6 +244,8 @@ def check(cfg):
          f"n1, n2: a group of n1 (1 + n2) = {cfg.group_size} rollouts has nothing to compare"),
         (cfg.eval_temperature == 0 and cfg.eval_n > 1,
          f"eval_n: greedy decoding (eval_temperature 0) gives one response, not {cfg.eval_n}"),
+        (cfg.compile and cfg.packing == "broom",
+         "packing: brooms have too many shapes to compile: with compile=true set packing=flat"),
         (len(cfg.betas) != 2, f"betas: AdamW takes two numbers, got {cfg.betas}"),
         (cfg.method_args and not cfg.method, "method_args: are of a method, and method is empty"),
     ):  # fmt: skip

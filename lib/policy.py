@@ -33,7 +33,7 @@ def packed_attention(module, query, key, value, mask, scaling=None, cu_seq_lens_
 
     query (1, heads, T, d), key/value (1, kv_heads, T, d) -> (1, T, heads, d), None. cu_seq_lens_q, cu_seq_lens_k
     (n + 1,) int32: borders of the sequences' queries in the row, and of their keys in `seen` (K,), the positions of all
-    keys one sequence after the other (lib/broom.py); None: in the row. A sequence's queries are the last of its keys.
+    keys one sequence after the other (lib/broom.py). seen None: keys are those of the row. Queries are the last keys.
     CUDA: torch's own variable-length flash kernel. CPU: a loop over sequences, without a T x T mask."""
     if seen is not None:
         key, value = gather_tokens(key, seen), gather_tokens(value, seen)
@@ -73,8 +73,8 @@ def pack(rollouts, device, bucket=0, share=False):
     The one place of the one-token shift: the logits at position i are for token i + 1, so a rollout's last token is
     never an input, and `index` holds the positions whose hidden states *produced* the response tokens `targets` (R,).
     No rollouts: one dummy token and no targets, so that a rank with nothing to do still joins FSDP's collectives.
-    bucket > 0 (for compiled blocks, which are compiled for each shape anew): dummy sequences without targets pad T and
-    K to a multiple of it and n to a multiple of 32, and lengths are the next power of two.
+    bucket > 0 (for compiled blocks, which are compiled for each shape anew): dummy sequences without targets pad T to
+    a multiple of it and n to a multiple of 32, and lengths are the next power of two. Not together with share.
     share: tokens that a branch has in common with the base response before it are in the row once (lib/broom.py)."""
     ids, pos, seen, index, targets, cu, cu_keys, trunk = [], [], [], [], [], [0], [0], []
     for r, skip in zip(rollouts, skips(rollouts) if share else [0] * len(rollouts), strict=True):
@@ -95,15 +95,10 @@ def pack(rollouts, device, bucket=0, share=False):
             cu_keys.append(len(seen))
     if not rollouts:
         ids, pos, seen, cu, cu_keys = [0], [0], [0], [0, 1], [0, 1]
-    shared = len(seen) > len(ids)
     if bucket:
-        dummy = -len(ids) % bucket or bucket * shared  # keys without a query are avoided: which kernel allows for them?
-        seen += range(len(ids), len(ids) + dummy)
-        seen += [0] * (-len(seen) % bucket)
+        dummy = -len(ids) % bucket
         ids, pos, cu = ids + [0] * dummy, pos + list(range(dummy)), cu + [cu[-1] + dummy]
-        cu_keys.append(len(seen))
-        more = -(len(cu) - 1) % 32  # sequences of length 0
-        cu, cu_keys = cu + cu[-1:] * more, cu_keys + cu_keys[-1:] * more
+        cu_keys = cu = cu + cu[-1:] * (-(len(cu) - 1) % 32)  # sequences of length 0
 
     def tensor(x, dtype=torch.long):
         return torch.tensor(x, dtype=dtype, device=device)
@@ -119,7 +114,7 @@ def pack(rollouts, device, bucket=0, share=False):
         "max_len": longest(cu),
         "cu_keys": tensor(cu_keys, torch.int32),  # (n + 1,)
         "max_keys": longest(cu_keys),
-        "seen": tensor(seen) if shared else None,  # (K,)
+        "seen": tensor(seen) if len(seen) > len(ids) else None,  # (K,)
         "index": tensor(index),  # (R,)
         "targets": tensor(targets),  # (R,)
     }

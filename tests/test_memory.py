@@ -99,7 +99,7 @@ def test_utilisation_by_hand(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------------------- memory
-def saved_bytes(config, lengths, checkpointing):
+def saved_bytes(config, rows, checkpointing, share=False):
     """Bytes that autograd keeps of one packed bf16 forward for the backward, parameters excepted, every storage once.
 
     On the meta device, where attention goes as on CUDA and no number is computed."""
@@ -116,7 +116,7 @@ def saved_bytes(config, lengths, checkpointing):
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        out = PackedLM(lm)(**pack([Rollout([1], [], [1] * n) for n in lengths], "meta"), temperature=1.0)
+        out = PackedLM(lm)(**pack(rows, "meta", share=share), temperature=1.0)
         assert out[0].requires_grad
     return sum(x.untyped_storage().nbytes() for key, x in kept.items() if key not in own)
 
@@ -138,12 +138,24 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_activations_are_those_autograd_keeps(name, checkpointing, monkeypatch):
     lengths, config = [2048] * 7 + [1, 300, 1747], PUBLISHED[name]
+    rows = [Rollout([1], [], [1] * n) for n in lengths]
     cfg = stage_1(activation_checkpointing=checkpointing, micro_batch_tokens=sum(lengths), packing="flat")
     monkeypatch.setattr(memory, "HEAD_CHUNK", 10**7)
     # so the largest moment is the head's backward, where all is saved and no block is repeated
-    planned, saved = trainer_memory(cfg, config, 1)[1]["activations"], saved_bytes(config, lengths, checkpointing)
+    planned, saved = trainer_memory(cfg, config, 1)[1]["activations"], saved_bytes(config, rows, checkpointing)
     print(f"{name}, {sum(lengths)} tokens: planned {planned / 2**30:.2f} GiB, autograd keeps {saved / 2**30:.2f}")
     assert planned == pytest.approx(saved, rel=0.02)
+
+
+def test_brooms_keep_gathered_keys_and_values_within_the_planned_bound(monkeypatch):
+    """One base response of 801 tokens, 3 branches of 1000 new ones from its last token: as many keys as there can be."""
+    base = Rollout([1], [], [1] * 801)
+    rows = [base] + [Rollout([1], [1] * 800, [1] * 1000, parent=0, t_star=800) for _ in range(3)]
+    tokens = 801 + 3 * 999
+    monkeypatch.setattr(memory, "HEAD_CHUNK", 10**7)
+    for config in (PUBLISHED["Qwen2.5-7B"], PUBLISHED["Llama-3.1-8B"]):
+        planned = trainer_memory(stage_1(micro_batch_tokens=tokens, activation_checkpointing=False), config, 1)[1]["activations"]
+        assert 0.9 * planned <= saved_bytes(config, rows, False, share=True) <= planned
 
 
 def test_peak_memory_is_without_the_pool_of_vllm(monkeypatch):

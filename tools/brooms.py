@@ -32,7 +32,7 @@ PACKINGS = ("flat", "broom")
 
 def group(cfg, prompt, response, fork, vocab):
     """Rollouts of one group with random ids. prompt, response: tokens; fork: t* as a share of the response."""
-    rng, t_star = random.Random(0), int(fork * response)
+    rng, t_star = random.Random(0), min(int(fork * response), response - 1)
 
     def ids(n):
         return [rng.randrange(vocab) for _ in range(n)]

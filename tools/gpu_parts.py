@@ -148,8 +148,8 @@ def sample(run, cfg, n, seed, clock=None, forget=False):
         run.engine.llm.reset_prefix_cache()
     cuts = [r.response_ids[: len(r.response_ids) // 2] for r in base]
     second = generate("round 2", [r.prompt_ids + cut for r, cut in zip(base, cuts, strict=True)], cfg.n2)
-    branches = [Rollout(r.prompt_ids, cut, c.ids, c.logp, group=r.group, parent=0)
-                for r, cut, cs in zip(base, cuts, second, strict=True) for c in cs]  # fmt: skip
+    branches = [Rollout(r.prompt_ids, cut, c.ids, c.logp, group=r.group, parent=i % cfg.n1, t_star=len(cut) or None)
+                for i, (r, cut, cs) in enumerate(zip(base, cuts, second, strict=True)) for c in cs]  # fmt: skip
     rows = gather(sorted(base + branches, key=lambda r: r.group))
     for i, r in enumerate(rows):
         r.advantage = (-1.0) ** i
@@ -181,7 +181,7 @@ def greedy_tokens(run, cfg):
 
 
 def logprob_gap(run, cfg):
-    """Trainer and engine give sampled tokens the same log-prob, in branches whose prefix is in the cache as well."""
+    """Trainer and engine give sampled tokens the same log-prob. The trainer packs branches as it does in training."""
     run.rows = sample(run, cfg, 4, "gap")
     run.gap = gap_of(run, cfg, run.rows)
     return run.gap["mean_abs"] <= GAP[run.policy.dtype], run.gap
@@ -206,8 +206,8 @@ def generation_speed(run, cfg):
     numbers, n = {}, 32 if torch.cuda.is_available() else 4
     for cache in ("cleared", "kept") if hasattr(run.engine, "llm") else ("none",):
         rows = sample(run, cfg, n, cache, clock := {}, forget=cache == "cleared")
-        for name, label, parent in (("round 1", "round 1", -1), ("round 2", f"round 2, cache {cache}", 0)):
-            tokens = sum(len(r.response_ids) for r in rows if r.parent == parent)
+        for name, label, branch in (("round 1", "round 1", False), ("round 2", f"round 2, cache {cache}", True)):
+            tokens = sum(len(r.response_ids) for r in rows if (r.parent >= 0) == branch)
             numbers[label] = tokens / clock[f"timing_s/{name}"] / run.world  # of round 1 the later one stays
     return NUMBER, numbers
 
@@ -317,7 +317,7 @@ def update_checkpointed(run, cfg):
 
 def update_compiled(run, cfg):
     """The same with every block compiled, checkpointed unless the command line says no. Same gradient."""
-    return timed_update(run, replace(cfg, compile=True), "compiled")
+    return timed_update(run, replace(cfg, compile=True, packing="flat"), "compiled")
 
 
 def peak_memory(run, cfg):

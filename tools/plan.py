@@ -19,6 +19,7 @@ useful ones, 3 forwards an update: what checkpointing computes again costs secon
 
 import math
 import os
+import re
 import sys
 from collections import namedtuple
 from dataclasses import replace
@@ -73,8 +74,8 @@ def batches(cfg, response=0, fork=0.5):
     kept = max(1, min(cfg.prompts_per_step, int(MIXED * rounds * cfg.prompts_per_round)))
     # critical=none starts branches at 0, clause=last a clause before the fork: as good as 0
     inside = cfg.critical != "none" and cfg.clause == "prefix"
-    depth = min(int(fork * response) if inside else 0, cfg.max_prompt_tokens - prompt)
-    shared = prompt + depth if inside and cfg.packing == "broom" else 0
+    depth = min(int(fork * response) if inside else 0, response - 1, cfg.max_prompt_tokens - prompt)
+    shared = prompt + depth if depth and cfg.packing == "broom" else 0
 
     def group(prompts):
         branches = Batch(prompts * cfg.n1 * cfg.n2, prompt + depth, response - depth, shared)
@@ -222,8 +223,9 @@ def disk(stages, config):
 
 # --------------------------------------------------------------------------------------------------------- the report
 def widest(stages):
-    """The config of the stage with the longest sequences: the engine is built for those."""
-    return max((c for _, c in stages), key=lambda c: c.max_prompt_tokens + c.max_response_tokens)
+    """The config of the stage with the longest sequences, for which the engine is built, with the most branches."""
+    longest = max((c for _, c in stages), key=lambda c: c.max_prompt_tokens + c.max_response_tokens)
+    return replace(longest, n2=max(c.n2 for _, c in stages))
 
 
 def warnings(stages, given):
@@ -307,12 +309,13 @@ def arguments(argv):
     own |= dict(a.partition("=")[::2] for a in argv if a.split("=")[0] in own)
     stages = load_config([a for a in argv if a.split("=")[0] not in own], usage=__doc__)
     first, most = stages[0][1], min(c.max_response_tokens for _, c in stages)
-    limits = {"gpu": list(GPUS), "gpus": range(1, 1025), "response": range(most + 1), "host": range(10**6),
-              "fork": [f"{k / 100:g}" for k in range(101)]}  # fmt: skip
+    limits = {"gpu": list(GPUS), "gpus": range(1, 1025), "response": range(most + 1), "host": range(10**6)}
     for key, allowed in limits.items():
         if own[key] not in map(str, allowed):
             names = ", ".join(allowed) if key == "gpu" else f"{allowed[0]} to {allowed[-1]}"
             raise ValueError(f"{key}: must be one of {names}, got {own[key]!r}")
+    if not re.fullmatch(r"0?\.\d+|0", own["fork"]):
+        raise ValueError(f"fork: must be a share below 1, as 0.5, got {own['fork']!r}")
     left = first.max_steps or math.inf
     for _, cfg in stages:
         if cfg.kind == "rl":

@@ -135,7 +135,7 @@ def show_loss(run, k, rows, share, seen):
     say, (logp, old, advantage, *_), weight = run.print, seen["args"], seen["weight"]
     if k == 0:
         say("\n== 4. the loss of one micro-batch (policy.pack, loss.policy_loss, loss.token_weights)")
-        for key, value in pack(rows, run.device, run.policy.bucket).items():
+        for key, value in pack(rows, run.device, run.policy.bucket, run.policy.cfg.packing == "broom").items():
             shown = value
             if torch.is_tensor(value):
                 shown = f"{tuple(value.shape)!s:11}{value.flatten()[:14].tolist()} ..."
