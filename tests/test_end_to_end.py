@@ -590,7 +590,7 @@ TOY_BF16 = ["--config", "configs/toy.yaml", "dtype=bfloat16", "engine=torch", "e
 @pytest.mark.slow
 def test_80_healthy_steps_of_the_toy_in_bf16_raise_no_alarm(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)  # its base model is in runs/
-    small = ["prompts_per_step=8", "prompts_per_round=9", "prompts_per_minibatch=2"]
+    small = ["prompts_per_step=4", "prompts_per_round=5", "prompts_per_minibatch=2"]
     cure.main([*TOY_BF16, *small, f"out_dir={tmp_path}"])
     gaps = sorted(m["mismatch/mean_abs"] for m in train_lines(tmp_path))
     print(f"{len(gaps)} steps: gap {gaps[0]:.2g} to {gaps[-1]:.2g}, median {gaps[40]:.2g}")

@@ -97,7 +97,7 @@ def test_a_wrong_sync_stops_the_run_before_another_step_is_trained(toy_base, tmp
 
 def test_80_healthy_steps_in_bf16_raise_no_alarm(toy_base, tmp_path):
     ranks(1, "cure.py", "--config", "configs/toy.yaml", "engine=vllm", "dtype=bfloat16", "eval_data=", "save_every=0",
-          "prompts_per_step=8", "prompts_per_round=9", "prompts_per_minibatch=2", f"out_dir={tmp_path}/run",
+          "prompts_per_step=4", "prompts_per_round=5", "prompts_per_minibatch=2", f"out_dir={tmp_path}/run",
           timeout=1200)  # fmt: skip
     gaps = sorted(m["mismatch/mean_abs"] for m in train_lines(tmp_path / "run"))
     print(f"{len(gaps)} steps: gap {gaps[0]:.2g} to {gaps[-1]:.2g}, median {gaps[40]:.2g}")
