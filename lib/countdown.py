@@ -154,7 +154,7 @@ reward.SELF_TEST["countdown"] = (
 
 
 # ------------------------------------------------------------------------------------------------- moves and difficulty
-N, TOP, LIMIT = 4, 10, 99  # the testbed: four numbers from 1 to 10, no result over 99
+N, TOP, LIMIT = 4, 9, 30  # the testbed: four numbers from 1 to 9, no result over 30
 
 
 def moves(pool, limit=LIMIT):
@@ -170,17 +170,23 @@ def moves(pool, limit=LIMIT):
     return out
 
 
+def random_walk(rng, numbers, limit=LIMIT):
+    """A uniform walk over legal moves -> (trace, where it ends), (…, None) where nothing was legal any more, as with 99
+    and 99. rng: random.Random."""
+    pool, steps = tuple(sorted(numbers, reverse=True)), []
+    while len(pool) > 1 and (legal := moves(pool, limit)):
+        (a, op, b), pool = rng.choice(list(legal.items()))
+        steps.append(f"{a}{op}{b}={apply(a, op, b)}")
+    return " " + ";".join(steps), pool[0] if len(pool) == 1 else None
+
+
 def countdown_problem(rng, n=N, top=TOP, limit=LIMIT):
-    """-> (numbers, trace, target): (3, 8, 7), " 7*3=21;21+8=29", 29. The trace is a uniform walk over legal moves and
-    the target is where it ended. rng: random.Random."""
-    while True:
+    """-> (numbers, trace, target): [3, 8, 7], " 7*3=21;21+8=29", 29. The target is where a random walk ended."""
+    end = None
+    while end is None:
         numbers = [rng.randint(1, top) for _ in range(n)]
-        pool, steps = tuple(sorted(numbers, reverse=True)), []
-        while len(pool) > 1 and (legal := moves(pool, limit)):
-            (a, op, b), pool = rng.choice(list(legal.items()))
-            steps.append(f"{a}{op}{b}={apply(a, op, b)}")
-        if len(pool) == 1:  # else nothing was legal any more, as with 99 and 99
-            return numbers, " " + ";".join(steps), pool[0]
+        trace, end = random_walk(rng, numbers, limit)
+    return numbers, trace, end
 
 
 @functools.cache

@@ -16,13 +16,14 @@ from typing import NamedTuple
 
 import torch
 
-from lib.countdown import countdown_problem, gold_text
+from lib.countdown import countdown_problem, gold_text, random_walk
 from lib.ranks import everywhere
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FOLDER = "runs/toy-base"  # where `model: toy` keeps its base model
 SYMBOLS = ["<|pad|>", "<|endoftext|>", *"0123456789+=;?Ġ\\boxed{}"]
 COUNTDOWN_SYMBOLS = ["<|pad|>", "<|endoftext|>", *"0123456789+-*=;:>Ġ"]
+HINTS = 0.25
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK",
             "ROLE_RANK", "TORCHELASTIC")  # how torchrun's variables begin  # fmt: skip
 
@@ -124,24 +125,33 @@ def make_toy(folder, n_train=4000, n_heldout=256, n_sft=48000, seed=0):
     write_model(folder, SYMBOLS, toy_config(), seed)
 
 
-def make_countdown(folder, n_train=4000, n_heldout=256, n_sft=48000, seed=0, n_few=200):
+def make_countdown(folder, n_train=2000, n_heldout=256, n_sft=48000, seed=0, n_few=200):
     """Into `folder`: an untrained model, and heldout, choose, train, few and sft.jsonl. A problem is a multiset of
     numbers and a target. No problem is in two files. The exception is few.jsonl, the first n_few rows of train.jsonl.
     choose.jsonl, of n_heldout problems, is there to choose settings on. Otherwise as make_toy."""
-    assert 2 * n_heldout + n_train <= 8000 and n_sft <= 100_000, "too much to draw: there are 29,225 problems"
+    assert 2 * n_heldout + n_train <= 4000 and n_sft <= 50_000, "too much to draw: there are 9,080 problems"
     make_folder(folder, "countdown")
     rng, held = random.Random(seed), set()
 
-    def draw():
-        numbers, trace, target = countdown_problem(rng)
+    def row(numbers, trace, target):
         gold = gold_text(numbers, target)
         return f"{gold}:", trace, gold, (tuple(sorted(numbers)), target)
+
+    def draw():
+        return row(*countdown_problem(rng))
+
+    def draw_worked():
+        """A legal walk. A share of HINTS end at the target, the others wherever they end, which may be a held problem's
+        target. Trained on right walks alone, a model wrote the target behind the last operands whatever they were:
+        after 750 steps 92 % of its traces were illegal."""
+        numbers, trace, end = countdown_problem(rng)
+        return row(numbers, trace, end if rng.random() < HINTS else random_walk(rng, numbers)[1] or end)
 
     write_set(f"{folder}/heldout.jsonl", n_heldout, draw, held, hold=True)
     write_set(f"{folder}/choose.jsonl", n_heldout, draw, held, hold=True)
     train = write_set(f"{folder}/train.jsonl", n_train, draw, held, hold=True)
     write_rows(f"{folder}/few.jsonl", train[:n_few])
-    write_set(f"{folder}/sft.jsonl", n_sft, draw, held, worked=True)
+    write_set(f"{folder}/sft.jsonl", n_sft, draw_worked, held, worked=True)
     write_model(folder, COUNTDOWN_SYMBOLS, toy_config(COUNTDOWN_SYMBOLS, layers=3), seed)
 
 

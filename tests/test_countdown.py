@@ -10,7 +10,7 @@ from fractions import Fraction
 from itertools import permutations
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, lines, train_lines
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -285,7 +285,7 @@ def test_problems_are_solved_by_their_traces_and_depend_on_their_generator_alone
     for _ in range(500):
         numbers, trace, target = countdown_problem(rng)
         assert graded(trace, gold_text(numbers, target)) == (True, str(target))
-        assert replay(trace, numbers, target) and 1 <= target <= 99 and len(numbers) == 4 and max(numbers) <= 10
+        assert replay(trace, numbers, target) and 1 <= target <= 30 and len(numbers) == 4 and max(numbers) <= 9
     random.seed(1)
     state = random.getstate()
     assert countdown_problem(random.Random(7)) == countdown_problem(random.Random(7)) and random.getstate() == state
@@ -304,10 +304,10 @@ def test_the_counts_of_walks_are_those_of_walks():
 
 
 def test_the_table_of_difficulty_is_that_of_the_docs():
-    rows = re.findall(r"^\| (\d) numbers to (\d+)(?:, results to (\d+))? \| (.*) \|$", (ROOT / "docs/exploration.md").read_text(), re.M)
+    rows = re.findall(r"^\| (\d) numbers to (\d+), results to (\d+) \| (.*) \|$", (ROOT / "docs/exploration.md").read_text(), re.M)
     assert len(rows) >= 4
     for n, top, limit, cells in rows[:2]:
-        rng, limit = random.Random(0), int(limit or 99)
+        rng, limit = random.Random(0), int(limit)
         drawn = [countdown_problem(rng, int(n), int(top), limit) for _ in range(400)]
         found = difficulty([(numbers, target) for numbers, _, target in drawn], limit)
         assert [f"{x:.3f}" for x in found["uniform walk"] + found["perfect last step"]] == cells.split(" | ")
@@ -355,3 +355,78 @@ def test_its_regions_are_choices_and_results():
     regions = toy.BEDS["countdown"].regions(text)
     assert "".join(c for c, x in zip(text, regions["operands"], strict=True) if x) == "9*327-4"
     assert "".join(c for c, x in zip(text, regions["results"], strict=True) if x) == "2723"
+
+
+# ------------------------------------------------------------------------------------------------- training, the matrix
+def cold_start(folder, made):
+    """A config of three stages on problems of two numbers: sft on right and wrong walks, then a step of CURE's stages."""
+    rows = [{"prompt": f"{a} {b} -> {t}:", "answer": f"{a} {b} -> {t}", "solution": f" {max(a, b)}{op}{min(a, b)}={c}"}
+            for a in range(1, 6) for b in range(1, 6) for op, c in (("+", a + b), ("*", a * b)) for t in {a + b, a * b}]
+    (folder / "two.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = (ROOT / "configs/countdown.yaml").read_text().split("stages:")[0].replace("countdown\n", f"{made}\n", 1)
+    text = text.replace("data: countdown", f"data: {folder}/two.jsonl").replace("configs/countdown.yaml", "")
+    text += ("stages:\n  cold: {kind: sft, steps: 120, lr: 3.0e-3, prompts_per_step: 64, prompts_per_minibatch: 64, eval_data: ''}\n"
+             "  stage1: {steps: 1, n1: 4, n2: 1}\n  stage2: {steps: 1, n1: 8, n2: 0}\n")  # fmt: skip
+    (folder / "tiny.yaml").write_text(text)
+    return ["--config", f"{folder}/tiny.yaml", f"out_dir={folder}/run", "prompts_per_step=4", "prompts_per_round=16",
+            "stages.cold.prompts_per_step=64", "prompts_per_minibatch=4", "stages.cold.prompts_per_minibatch=64",
+            "eval_prompts=8", "eval_n=4", "engine=torch"]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["", "surprisal"])
+def test_two_steps_of_the_config_at_a_tiny_size(made, tmp_path, monkeypatch, method):
+    import cure
+    monkeypatch.setattr("tools.analyze.curves", lambda out: [])
+    assert cure.main([*cold_start(tmp_path, made), f"method={method}"]) == 0
+    first, second = (m for m in train_lines(tmp_path / "run") if "actor/grad_norm" in m and "sft/step" not in m)
+    print({k: first[k] for k in ("train/accuracy", "train/kept_groups", "branch/entropy_at_t_star_sampled")})
+    assert first["train/kept_groups"] >= 1 and first["actor/grad_norm"] > 0 and second["actor/grad_norm"] > 0
+    evals = [m for m in lines(tmp_path / "run/metrics.jsonl") if "eval/illegal" in m]
+    assert evals and all(0 <= m["eval/illegal"] <= 32 for m in evals)
+
+
+def test_a_surprisal_branch_leaves_at_the_least_likely_tokens():
+    import numpy as np
+    import torch
+
+    from methods.surprisal import critical_tokens
+    from rollout import Rollout
+    r = Rollout([1], [], [5, 6, 7, 5, 1], engine_logp=np.array([-9, -1, -3, -2, -8], np.float32))
+    allowed = torch.tensor([False, False, True, True, True, True, True, True])
+    assert critical_tokens(r, allowed).tolist() == [2, 3, 1], "not the first token, not the stop token"
+
+
+@pytest.mark.parametrize("config", ["countdown", "countdown-dapo", "countdown-8020"])
+def test_the_configs_differ_from_one_another_as_they_say(config):
+    from lib.config import load_config
+    stages = load_config(["--config", str(ROOT / f"configs/{config}.yaml")])
+    same = {k: v for k, v in vars(stages[-1][1]).items() if k not in ("name", "out_dir", "steps", "critical_top_k", "entropy_mask_rho")}
+    dapo = load_config(["--config", str(ROOT / "configs/countdown-dapo.yaml")])[0][1]
+    assert same == {k: vars(dapo)[k] for k in same} and sum(c.steps for _, c in stages) == 80
+
+
+def test_the_matrix_resumes_skips_what_is_done_and_reads_off_budgets(tmp_path, monkeypatch):
+    from tools import matrix
+    monkeypatch.chdir(tmp_path)
+    ran = []
+
+    def run(argv, env):
+        step = int(next(a for a in argv if a.startswith("max_steps=")).split("=")[1])
+        folder = next(a for a in argv if a.startswith("out_dir=")).split("=")[1]
+        os.makedirs(folder, exist_ok=True)
+        rows = [{"step": s, "stage": "dapo", "tokens/generated": s * 15_000, **{k: s / 1000 for k in matrix.COLUMNS.values()}}
+                for s in range(0, step + 1, 20)]
+        (tmp_path / folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        ran.append(step)
+        return subprocess.CompletedProcess(argv, 0)
+
+    matrix.finish("plain", "dapo", 0, run)
+    assert ran == list(range(20, 161, 20)), "20 steps at a time, to 2.4 M tokens"
+    matrix.finish("plain", "dapo", 0, run)
+    assert len(ran) == 8, "nothing is left to do"
+    done = matrix.evaluations(matrix.run_folder("plain", "dapo", 0))
+    assert matrix.at_budget(done, "eval/pass@1", 450_000) == pytest.approx(0.03)
+    assert re.search(r"2400k +1 +0.160 ± nan", matrix.table("plain"))
+    with pytest.raises(RuntimeError, match="still at step 0"):
+        matrix.finish("plain", "dapo", 1, lambda argv, env: subprocess.CompletedProcess(argv, 0))
