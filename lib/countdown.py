@@ -154,7 +154,7 @@ reward.SELF_TEST["countdown"] = (
 
 
 # ------------------------------------------------------------------------------------------------- moves and difficulty
-N, TOP, LIMIT = 4, 9, 30  # the testbed: four numbers from 1 to 9, no result over 30
+N, TOP, LIMIT = 4, 9, 24  # the testbed: four numbers from 1 to 9, no result over 24
 
 
 def moves(pool, limit=LIMIT):

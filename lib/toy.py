@@ -62,19 +62,20 @@ def toy_config(symbols=SYMBOLS, layers=2):
                        tie_word_embeddings=True, bos_token_id=None, pad_token_id=0, eos_token_id=1)  # fmt: skip
 
 
-def write_set(path, count, draw, held, hold=False, worked=False):
+def write_set(path, count, draw, held, hold=False, worked=False, several=False):
     """Write `count` problems to a .jsonl, no prompt twice -> its rows. draw() -> (prompt, solution, answer, key).
 
     held: the keys that may not come. hold: this set's keys join them, so that no later set has one of its problems.
-    worked: with solutions."""
+    worked: with solutions. several: a prompt may come with several of them."""
     rows = {}
     while len(rows) < count:
         prompt, solution, answer, key = draw()
-        if prompt in rows or key in held:
+        name = prompt + solution if several else prompt
+        if name in rows or key in held:
             continue
         if hold:
             held.add(key)
-        rows[prompt] = {"prompt": prompt, "answer": answer} | ({"solution": solution} if worked else {})
+        rows[name] = {"prompt": prompt, "answer": answer} | ({"solution": solution} if worked else {})
     write_rows(path, rows.values())
     return list(rows.values())
 
@@ -127,15 +128,15 @@ def make_toy(folder, n_train=4000, n_heldout=256, n_sft=48000, seed=0):
 
 def make_countdown(folder, n_train=2000, n_heldout=256, n_sft=48000, seed=0, n_few=200):
     """Into `folder`: an untrained model, and heldout, choose, train, few and sft.jsonl. A problem is a multiset of
-    numbers and a target. No problem is in two files. The exception is few.jsonl, the first n_few rows of train.jsonl.
+    numbers and a target. No problem is asked for in two files, but for few.jsonl, the first n_few rows of train.jsonl.
     choose.jsonl, of n_heldout problems, is there to choose settings on. Otherwise as make_toy."""
-    assert 2 * n_heldout + n_train <= 4000 and n_sft <= 50_000, "too much to draw: there are 9,080 problems"
+    assert 2 * n_heldout + n_train <= 4000 and n_sft <= 50_000, "too much to draw: there are 7,485 problems"
     make_folder(folder, "countdown")
     rng, held = random.Random(seed), set()
 
     def row(numbers, trace, target):
-        gold = gold_text(numbers, target)
-        return f"{gold}:", trace, gold, (tuple(sorted(numbers)), target)
+        gold = gold_text(sorted(numbers, reverse=True), target)  # one order: fewer prompts to learn the rules on
+        return f"{gold}:", trace, gold, gold
 
     def draw():
         return row(*countdown_problem(rng))
@@ -151,7 +152,7 @@ def make_countdown(folder, n_train=2000, n_heldout=256, n_sft=48000, seed=0, n_f
     write_set(f"{folder}/choose.jsonl", n_heldout, draw, held, hold=True)
     train = write_set(f"{folder}/train.jsonl", n_train, draw, held, hold=True)
     write_rows(f"{folder}/few.jsonl", train[:n_few])
-    write_set(f"{folder}/sft.jsonl", n_sft, draw_worked, held, worked=True)
+    write_set(f"{folder}/sft.jsonl", n_sft, draw_worked, held, worked=True, several=True)
     write_model(folder, COUNTDOWN_SYMBOLS, toy_config(COUNTDOWN_SYMBOLS, layers=3), seed)
 
 
@@ -200,7 +201,7 @@ class Bed(NamedTuple):
 BEDS = {
     "toy": Bed(FOLDER, make_toy, toy_config, toy_regions, "heldout", "a minute or two"),
     "countdown": Bed("runs/countdown-base", make_countdown, partial(toy_config, COUNTDOWN_SYMBOLS, 3),
-                     partial(toy_regions, choice="0123456789+-*"), "choose", "two to three minutes"),
+                     partial(toy_regions, choice="0123456789+-*"), "choose", "about five minutes"),
 }  # fmt: skip
 
 
