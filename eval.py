@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from lib import toy
 from lib.config import load_config
+from lib.countdown import ILLEGAL
 from lib.data import BENCHMARKS, find_benchmark, grader
 from lib.engine import Sampling, request_seed
 from lib.files import aligned, model_hash, read_json, replace_file
@@ -79,8 +80,8 @@ def summary(rows, n):
     }
     for k in sorted({2**i for i in range(n.bit_length())} | {n}):
         out[f"eval/pass@{k}"] = np.mean([pass_at_k(n, c, k) for c in right])
-    for key, mark in (("parse_fail", INVALID), ("timeout", "[TIMEOUT]"), ("crash", "[CRASH]")):
-        out[f"eval/{key}"] = sum(s["answer"] == mark for s in samples)
+    for key, mark in (("parse_fail", INVALID), ("timeout", "[TIMEOUT]"), ("crash", "[CRASH]"), ("illegal", ILLEGAL)):
+        out[f"eval/{key}"] = sum(s["answer"].startswith(mark) for s in samples)
     return {k: float(v) for k, v in out.items()}
 
 
@@ -274,7 +275,7 @@ def main(argv):
     if run.policy:
         run.engine.sleep()
         for name, cfg in run.stages:
-            regions = toy.toy_regions if cfg.eval_data.startswith(toy.FOLDER) else None
+            regions = bed.regions if (bed := toy.bed_of(cfg.eval_data)) else None
             results[name] |= entropies(cfg, run.policy, run.heldout[name], rows[name], regions)
     if run.rank == 0:
         results = {b: {k: None if v != v else v for k, v in r.items()} for b, r in results.items()}  # JSON has no NaN

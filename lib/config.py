@@ -49,8 +49,8 @@ class Config:
     """Every setting. The defaults are stage 1 of the CURE reference (Qwen2.5-Math-7B, 8 GPUs)."""
 
     title("what is trained, on what")
-    model: str = key("Qwen/Qwen2.5-Math-7B", "hub id or HF folder; toy: runs/toy-base, made once", None, RUN)
-    data: str = key("BytedTsinghua-SIA/DAPO-Math-17k", "hub id, .parquet or .jsonl; toy")
+    model: str = key("Qwen/Qwen2.5-Math-7B", "hub id or HF folder; toy, countdown: made once in runs/", None, RUN)
+    data: str = key("BytedTsinghua-SIA/DAPO-Math-17k", "hub id, .parquet or .jsonl; toy, countdown")
     template: str = key("chat", "how a question becomes a prompt (lib/data.render)", TEMPLATES)
     system_prompt: str = key("", "instead of the data's own")
     stop_token_ids: list[int] = key([], "[] = eos of tokenizer and generation config", None, RUN)

@@ -11,16 +11,27 @@ import re
 from collections import namedtuple
 from dataclasses import dataclass
 
+from lib.countdown import GOLD, gold_text, read_gold
 from reward import last_boxed
 
 PROMPT_COLUMNS = ("prompt", "question", "problem")
+COUNTDOWN_COLUMNS = ("nums", "target")  # TinyZero's Jiayi-Pan/Countdown-Tasks-3to4: prompt and answer in one
 ANSWER_COLUMNS = ("answer", "final_answer", "reward_model", "solution")  # of the last one its last \boxed{}
 PLAIN = ("8020", "raw")  # never through a chat template
-TEMPLATES = ("chat", "dapo", "boxed", *PLAIN)
+TEMPLATES = ("chat", "dapo", "boxed", "countdown", *PLAIN)
 BOXED = r"Please reason step by step, and put your final answer within \boxed{}."
 DAPO_HEAD = ("Solve the following math problem step by step. The last line of your response should be of the form "
              "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n")  # fmt: skip
 DAPO_TAIL = '\n\nRemember to put your answer on its own line after "Answer:".'
+
+# Source: TinyZero, examples/data_preprocess/countdown.py, make_prefix.
+COUNTDOWN = ("Using the numbers {numbers}, create an equation that equals {target}. You can use basic arithmetic "
+             "operations (+, -, *, /) and each number can only be used once. Show your work in <think> </think> tags. "
+             "And return the final answer in <answer> </answer> tags, for example <answer> (1 + 2) / 3 </answer>.")
+COUNTDOWN_HEAD = ("A conversation between User and Assistant. The user asks a question, and the Assistant solves it. "
+                  "The assistant first thinks about the reasoning process in the mind and then provides the user with "
+                  "the answer.\nUser: ")
+COUNTDOWN_TAIL = "\nAssistant: Let me solve this step by step.\n<think>"
 
 
 @dataclass
@@ -61,13 +72,17 @@ def _fields(row):
     """A row of any known schema, a dict -> (prompt, answer, solution), "" for what is missing."""
     if not isinstance(row, dict):
         raise TypeError(f"a row should be a JSON object, not {type(row).__name__}")
+    if row.get("nums") is not None and row.get("target") is not None:  # TinyZero's problems
+        row = row | dict.fromkeys(("prompt", "answer"), _countdown_text(row["nums"], row["target"]))
     prompt = _prompt_text(next((row[c] for c in PROMPT_COLUMNS if row.get(c)), None))
     solution = row.get("solution") or ""
     solution = solution[0] or "" if isinstance(solution, list) else solution  # OlympiadBench: several ways to solve it
     if not isinstance(solution, str):
         raise TypeError(f"the solution should be text, not {type(solution).__name__}")
     if isinstance(row.get("reward_model"), dict):  # DAPO-Math
-        answer = _answer_text(row["reward_model"].get("ground_truth"))
+        truth = row["reward_model"].get("ground_truth")
+        made = isinstance(truth, dict) and truth.keys() >= {"numbers", "target"}  # TinyZero's own files
+        answer = _countdown_text(truth["numbers"], truth["target"]) if made else _answer_text(truth)
     elif "answer" in row or "final_answer" in row:
         answer = _answer_text(row.get("answer")) or _answer_text(row.get("final_answer"))
     else:  # Minerva
@@ -81,8 +96,18 @@ def _fields(row):
     return prompt, answer, solution
 
 
+def _countdown_text(numbers, target):
+    """Countdown's gold of a row's numbers and target."""
+    text = gold_text(numbers, target) if isinstance(numbers, list) else ""
+    if not GOLD.fullmatch(text):
+        raise TypeError(f"nums and target should be whole numbers, got {numbers!r:.60} and {target!r:.20}")
+    return text
+
+
 def _usable(names):
     """The columns worth reading (of DAPO-Math's 1.8 M rows we leave the rest on the disk)."""
+    if set(names) >= set(COUNTDOWN_COLUMNS):
+        return list(COUNTDOWN_COLUMNS)
     if not set(names) & set(PROMPT_COLUMNS) or not set(names) & set(ANSWER_COLUMNS):
         raise TypeError(f"needs a column {'|'.join(PROMPT_COLUMNS)} and a column {'|'.join(ANSWER_COLUMNS)}; it has "
                         + (", ".join(sorted(names)) or "none"))  # fmt: skip
@@ -164,9 +189,10 @@ def render(prompt, template, tokenizer, system_prompt=""):
     dapo    DAPO-Math's "Answer: $Answer" instruction around the question, unless it is there already
     boxed   question, newline, "Please reason step by step, and put your final answer within \boxed{}."
     8020    the same as plain text in 80/20's "User:\n…\n\nAssistant:\n"
+    countdown   TinyZero's instruction for "3 7 8 -> 29", and its base prompt where there is no chat template
     raw     the text itself; of messages the contents, one a line
-    dapo and boxed go through the chat template where there is one, else as plain text. boxed and 8020 first take off
-    DAPO-Math's instruction: asking for two answer formats gets neither. system_prompt replaces the data's own."""
+    dapo, boxed and countdown go through the chat template where there is one, else as plain text. boxed and 8020 first
+    take off DAPO-Math's instruction: asking for two answer formats gets neither. system_prompt replaces the data's."""
     if template not in TEMPLATES:
         raise ValueError(f"template: {template!r} is none of {', '.join(TEMPLATES)}")
     if system_prompt and template in PLAIN:
@@ -179,12 +205,20 @@ def render(prompt, template, tokenizer, system_prompt=""):
             turn["content"] = question if BOXED in question else f"{question}\n{BOXED}"
         elif "Answer: $Answer" not in turn["content"]:
             turn["content"] = DAPO_HEAD + question + DAPO_TAIL
+    if template == "countdown" and "<answer>" not in messages[-1]["content"]:  # else TinyZero's own, rendered already
+        try:
+            numbers, target = read_gold(messages[-1]["content"])
+        except ValueError as e:
+            raise ValueError("template: countdown wants columns nums and target, or prompts like '3 7 8 -> 29'") from e
+        messages[-1]["content"] = COUNTDOWN.format(numbers=numbers, target=target)
     if system_prompt:
         messages = [{"role": "system", "content": system_prompt}, *(m for m in messages if m["role"] != "system")]
     if template in PLAIN or not tokenizer.chat_template:
         if template == "chat":
             raise ValueError("template: chat needs a tokenizer with a chat template; this model's has none")
         text = "\n".join(m["content"] for m in messages)
+        if template == "countdown" and not text.startswith(COUNTDOWN_HEAD):
+            return COUNTDOWN_HEAD + text + COUNTDOWN_TAIL
         return f"User:\n{text}\n\nAssistant:\n" if template == "8020" else text
     from jinja2 import TemplateError
     try:
@@ -286,7 +320,7 @@ def find_benchmark(item, key="benchmarks"):
     name, _, file = item.partition(":")
     if name in BENCHMARKS:
         return name, file or BENCHMARKS[name].source
-    if item == "toy" or "/" in name or item.endswith((".jsonl", ".parquet")) and not file:
+    if item in ("toy", "countdown") or "/" in name or item.endswith((".jsonl", ".parquet")) and not file:
         return re.sub(r"\.(jsonl|parquet)$", "", item.split("/")[-1]).replace(":", "-"), item
     near = difflib.get_close_matches(name, BENCHMARKS, 1)
     hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(BENCHMARKS)}, NAME:FILE, files and hub ids"

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from lib import checkpoint, data, toy
 from lib.broom import skips
 from lib.checkpoint import LOGS
+from lib.countdown import check_golds
 from lib.data import Task, find_benchmark, grader
 from lib.engine import make_engine
 from lib.files import code_hashes, read_json, replace_file
@@ -195,12 +196,12 @@ def prepare_run(stages, train=True, trainer=True, files=True):
     for entropies. files=False: nothing is resumed and nothing written."""
     run = Run(stages, *init_distributed(), files)
     first = stages[0][1]
-    if "toy" in {v for _, c in stages for v in (c.model, c.data, c.eval_data)}:
-        toy.make_toy_base(run, toy.FOLDER)
+    for name in sorted(toy.BEDS.keys() & {v for _, c in stages for v in (c.model, c.data, c.eval_data)}):
+        toy.make_toy_base(run, toy.BEDS[name].folder, name)
     for _, c in stages:
-        c.model = toy.FOLDER if c.model == "toy" else c.model
-        c.data = f"{toy.FOLDER}/train.jsonl" if c.data == "toy" else c.data
-        c.eval_data = f"{toy.FOLDER}/heldout.jsonl" if c.eval_data == "toy" else c.eval_data
+        for key, file in (("model", ""), ("data", "/train.jsonl"), ("eval_data", "/heldout.jsonl")):
+            if bed := toy.BEDS.get(getattr(c, key)):
+                setattr(c, key, bed.folder + file)
     resume = checkpoint.find_checkpoint(run, first) if train and files else None
     if resume:
         run.state = read_json(f"{resume}/meta.json")
@@ -214,7 +215,7 @@ def prepare_run(stages, train=True, trainer=True, files=True):
     if not stop_ids:
         raise ValueError(f"stop_token_ids: the tokenizer of {path!r} has no end token: name one")
     load_tasks(run, stages, train)
-    run.regions = toy.toy_regions if first.eval_data.startswith(toy.FOLDER) else None
+    run.regions = bed.regions if (bed := toy.bed_of(first.eval_data)) else None
     fit_context(run, stages, train)
     run.engine = make_engine(run, path, stop_ids, trainer)
     run.policy = Policy(first, path, run.device) if trainer else None
@@ -240,6 +241,7 @@ def load_tasks(run, stages, train):
         args = run.tokenizer, cfg.template, cfg.max_prompt_tokens, cfg.system_prompt
         if train:
             prompts, counts = data.load_prompts(cfg.data, *args, key="data", sft=cfg.kind == "sft")
+            check_golds(prompts if cfg.kind == "rl" else (), cfg.verifier, "data")
             stream = data.PromptStream(len(prompts), seed=f"{cfg.seed}/{name}")
             run.tasks[name] = Task(name, prompts, stream, run.tokenizer, None, pool)
             run.print(f"{name}: data {cfg.data}: " + ", ".join(f"{v} {k}" for k, v in counts.items() if v))
@@ -250,6 +252,7 @@ def load_tasks(run, stages, train):
             prompts, counts = data.load_prompts(source, *args, limit=cfg.eval_prompts, key=key)
             run.print(f"{name}: {key} {source}: " + ", ".join(f"{v} {k}" for k, v in counts.items() if v))
             own = grader(cfg.eval_data, cfg.template) if train else ""  # a benchmark brings its verifier along
+            check_golds(prompts, own or cfg.verifier, key)
             run.heldout[name] = Task("eval", prompts, None, run.tokenizer, None, pool, own or cfg.verifier)
             self_test(own or cfg.verifier, pool)
         if train and cfg.kind == "rl" and cfg.verifier == "math_verify":

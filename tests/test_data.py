@@ -328,7 +328,7 @@ def test_dapo_leaves_another_wording_of_its_instruction_as_it_is(plain):
 
 def test_template_errors_name_their_key(plain, chat):
     fails("^template: chat needs a tokenizer with a chat template", data.render, "q", "chat", plain)
-    fails("^template: 'boxd' is none of chat, dapo, boxed, 8020, raw", data.render, "q", "boxd", plain)
+    fails("^template: 'boxd' is none of chat, dapo, boxed, countdown, 8020, raw", data.render, "q", "boxd", plain)
     for template in ("raw", "8020"):
         fails(f"^system_prompt: template {template}", data.render, "q", template, chat, "S")
     picky = byte_tokenizer()

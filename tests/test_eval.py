@@ -54,7 +54,8 @@ def test_the_summary_is_what_a_hand_computes():
             {"id": 2, "samples": samples("[INVALID]", "[TIMEOUT]", "[CRASH]", "[INVALID]", length=7, cut=2)}]  # fmt: skip
     m = evaluation.summary(rows, 4)
     expected = {"avg@4": 1 / 2, "stderr": 0.5 / math.sqrt(3), "maj@4": 2 / 3, "pass@1": 1 / 2, "pass@2": (1 + 5 / 6) / 3,
-                "pass@4": 2 / 3, "distinct": 1, "length": 4, "truncated": 3 / 12, "parse_fail": 2, "timeout": 1, "crash": 1}
+                "pass@4": 2 / 3, "distinct": 1, "length": 4, "truncated": 3 / 12, "parse_fail": 2, "timeout": 1, "crash": 1,
+                "illegal": 0}  # fmt: skip
     assert m == pytest.approx({f"eval/{k}": v for k, v in expected.items()}, abs=1e-12)
     assert {k for k in evaluation.summary([{"id": 0, "samples": samples(*"111122")}], 6) if "pass" in k} == {
         "eval/pass@1", "eval/pass@2", "eval/pass@4", "eval/pass@6"}  # fmt: skip

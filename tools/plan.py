@@ -321,9 +321,10 @@ def arguments(argv):
         if cfg.kind == "rl":
             cfg.steps = min(cfg.steps, left)
             left -= cfg.steps
-    path = toy.FOLDER if first.model == "toy" else first.model
-    unmade = path == toy.FOLDER and not os.path.exists(f"{path}/config.json")
-    config = toy.toy_config() if unmade else load_hf_config(path)  # the toy has a shape before it has a folder
+    bed = toy.BEDS.get(first.model) or toy.bed_of(first.model)
+    path = bed.folder if first.model in toy.BEDS else first.model
+    unmade = bed and not os.path.exists(f"{path}/config.json")
+    config = bed.config() if unmade else load_hf_config(path)  # the toy has a shape before it has a folder
     there = int(own["host"]) or (host_memory() if torch.cuda.is_available() else 0)
     numbers = int(own["gpus"]), int(own["response"]), 0, there, float(own["fork"])
     return stages, Given(config, GPUS[own["gpu"]], *numbers)

@@ -66,8 +66,8 @@ def task_and_engine(argv):
         path = checkpoints[-1]
     if not cfg.eval_data:
         raise ValueError("eval_data: nothing to decode, name a benchmark or a file of problems")
-    own = cfg.eval_data == "toy"
-    source = f"{toy.FOLDER}/heldout.jsonl" if own else find_benchmark(cfg.eval_data, "eval_data")[1]
+    bed = toy.BEDS.get(cfg.eval_data)
+    source = f"{bed.folder}/heldout.jsonl" if bed else find_benchmark(cfg.eval_data, "eval_data")[1]
     tokenizer, gen_eos = load_tokenizer(path)
     stop_ids = set(cfg.stop_token_ids or [tokenizer.eos_token_id, *gen_eos]) - {None}
     if not stop_ids:
