@@ -331,7 +331,7 @@ def test_a_toy_that_is_there_is_read(tmp_path, monkeypatch, capsys, nothing_else
     config = toy.toy_config()
     config.intermediate_size = 999
     config.save_pretrained(tmp_path)
-    monkeypatch.setattr(toy, "FOLDER", str(tmp_path))
+    monkeypatch.setitem(toy.BEDS, "toy", toy.BEDS["toy"]._replace(folder=str(tmp_path)))
     assert plan.main(["--config", str(ROOT / "configs/toy.yaml")]) == 0
     assert f"{model_sizes(config).params / 1e6:.2f} M parameters" in capsys.readouterr().out
 
