@@ -76,6 +76,7 @@ def pack(rollouts, device, bucket=0, share=False):
     bucket > 0 (for compiled blocks, which are compiled for each shape anew): dummy sequences without targets pad T to
     a multiple of it and n to a multiple of 32, and lengths are the next power of two. Not together with share.
     share: tokens that a branch has in common with the base response before it are in the row once (lib/broom.py)."""
+    assert not (bucket and share), "brooms are neither compiled nor padded"
     ids, pos, seen, index, targets, cu, cu_keys, trunk = [], [], [], [], [], [0], [0], []
     for r, skip in zip(rollouts, skips(rollouts) if share else [0] * len(rollouts), strict=True):
         seq = r.prompt_ids + r.prefix_ids + r.response_ids

@@ -270,6 +270,18 @@ def test_what_shares_nothing_stays_flat():
     assert not any(skips(orphans))
 
 
+def test_another_prompt_or_a_fork_at_the_last_token_shares_nothing():
+    base = Rollout([5, 6], [], [7, 8, 9])
+    def branch(prompt, t):
+        return Rollout(prompt, base.response_ids[:t], [3], parent=0, t_star=t)
+
+    assert skips([base, branch([5, 6], 2)]) == [0, 4]
+    assert skips([base, branch([5, 4], 2)]) == [0, 0]
+    assert skips([base, branch([5, 6], 3)]) == [0, 0], "the response's last token is no input of the trunk"
+    with pytest.raises(AssertionError, match="neither compiled nor padded"):
+        pack([base], CPU, bucket=8, share=True)
+
+
 def test_packing_flat_shares_nothing_even_where_it_could():
     rows = group(np.random.default_rng(0), 30, 1, 3, ["middle"])
     assert pack(rows, CPU)["input_ids"].shape[1] == sum(map(packed_length, rows)) > row_tokens(rows)

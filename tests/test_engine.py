@@ -4,6 +4,7 @@ import os
 import random
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -105,6 +106,18 @@ def start(monkeypatch, device, error):
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     VLLMEngine(Config(), "some/model", torch.device(device), torch.bfloat16, {1}, 128, 0.5)
+
+
+def test_free_blocks_go_back_to_the_driver_before_the_kv_cache_is_allocated(monkeypatch):
+    calls, vllm = [], VLLMEngine.__new__(VLLMEngine)
+    model = SimpleNamespace(named_parameters=dict, load_weights=lambda named: calls.append("weights") or [])
+    driver = SimpleNamespace(driver_worker=SimpleNamespace(model_runner=SimpleNamespace(model=model)))
+    vllm.llm = SimpleNamespace(llm_engine=SimpleNamespace(model_executor=driver), reset_prefix_cache=lambda: True,
+                               wake_up=lambda tags: calls.append(*tags))  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty_cache"))
+    vllm.sync(iter([]))
+    assert calls == ["weights", "empty_cache", "kv_cache"] and vllm.ready
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 from lib import policy
+from lib.broom import skips
 from lib.engine import TorchEngine
 from loss import logp_and_entropy
 from tools import bench, gpu_check
@@ -178,6 +179,17 @@ def test_a_broken_sync_fails(check, monkeypatch, name):
     rows = check("skipped_sync")
     print(name, rows["skipped_sync"]["numbers"])
     assert rows["skipped_sync"]["status"] == "FAIL" and rows["wake_and_sync"]["status"] == "PASS"
+
+
+def test_the_gap_is_that_of_branches_packed_with_their_base_responses(check, monkeypatch):
+    score, shared = gpu_check.parts.cure.score, []
+
+    def noted(run, cfg, minibatches):
+        shared.append(sum(sum(skips(rows)) for mini in minibatches for rows in mini.here(0)))
+        score(run, cfg, minibatches)
+
+    monkeypatch.setattr(gpu_check.parts.cure, "score", noted)
+    assert statuses(check("logprob_gap"))["logprob_gap"] == "PASS" and shared[0] > 0
 
 
 def test_seeds_that_are_ignored_fail(check, monkeypatch):

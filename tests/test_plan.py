@@ -384,6 +384,13 @@ def test_the_7b_configs_differ_in_the_method_only_and_fit(folder_7b, capsys):
         assert plan.main(argv) == 0 and "WARNING" not in capsys.readouterr().out
 
 
+def test_the_longest_stage_is_planned_with_the_most_branches_of_any():
+    longest, other = stages()[0][1], stages()[0][1]
+    longest = replace(longest, n2=0, max_response_tokens=other.max_response_tokens + 1)
+    cfg = plan.widest([("a", other), ("b", longest)])
+    assert cfg.max_response_tokens == longest.max_response_tokens and cfg.n2 == other.n2 > 0
+
+
 def test_host_memory_by_hand_and_its_warning(monkeypatch):
     """8 ranks: 5 GiB each. A checkpoint: two copies of a piece each, or rank 0's bf16 weights, whichever is more."""
     n, gib = 7_615_616_512, 2**30
