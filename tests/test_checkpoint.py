@@ -362,8 +362,16 @@ def test_changed_keys_are_all_named_with_both_values_and_free_ones_are_not(whole
     assert "clip_high was 0.28, is 0.3 (stage1, stage2); micro_batch_tokens was 128, is 256 (stage1, stage2)" in err
     assert "eval_every" not in err and err.count("\n") == 1
     torch.distributed.destroy_process_group()
+    stages = json.loads((tmp_path / "run/stages.json").read_text())
+    for old in stages.values():
+        del old["packing"]
+    (tmp_path / "run/stages.json").write_text(json.dumps(stages))
     with pytest.raises(SystemExit):
-        cure.main(argv(config, tmp_path / "run", "stages.stage1.steps=0"))
+        cure.main(argv(config, tmp_path / "run", "packing=broom"))
+    assert "packing was 'flat', is 'broom'" in capsys.readouterr().err, "a run from before there were brooms"
+    torch.distributed.destroy_process_group()
+    with pytest.raises(SystemExit):
+        cure.main(argv(config, tmp_path / "run", "packing=flat", "stages.stage1.steps=0"))
     assert "error: stages: the run in" in capsys.readouterr().err
     torch.distributed.destroy_process_group()
 

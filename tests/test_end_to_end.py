@@ -75,6 +75,16 @@ def test_samples_are_the_rollouts_that_were_trained_on(whole):
                     assert r["t_star"] in parent["candidates"] or (r["t_star"] is None and not parent["candidates"])
 
 
+def test_logged_shared_tokens_are_prompt_and_prefix_of_the_branches_that_had_room(whole):
+    rows = lines(whole / "samples.jsonl")
+    for m in train_lines(whole):
+        of_step = [r for r in rows if r["step"] == m["step"]]
+        length = sum(len(r["prompt_ids"] + r["prefix_ids"] + r["response_ids"]) - 1 for r in of_step)
+        could = sum(len(r["prompt_ids"] + r["prefix_ids"]) for r in of_step if r["t_star"] is not None and r["parent"] >= 0)
+        shared = m["perf/shared_tokens"]
+        assert (0.5 * could / length < shared <= could / length + 1e-9) if m["stage"] == "stage1" else shared == 0
+
+
 def test_logged_entropy_is_the_token_mean_over_base_rollouts_and_not_minus_their_log_probs(whole):
     rows, gaps, apart = lines(whole / "samples.jsonl"), [], []
     for m in train_lines(whole):
