@@ -66,7 +66,8 @@ def majority(samples):
 
 def summary(rows, n):
     """The eval/* numbers of graded rows (see sample), n samples each. eval/stderr is of avg@n over problems: their
-    standard deviation (n - 1) / sqrt(problems). Counts are of samples, length is in tokens."""
+    standard deviation (n - 1) / sqrt(problems). Counts are of samples, length is in tokens. eval/right is a list: how
+    many samples of each problem are right, in the rows' order."""
     samples = [s for r in rows for s in r["samples"]]
     right = [sum(s["correct"] for s in r["samples"]) for r in rows]
     avg = np.array(right) / n
@@ -82,7 +83,7 @@ def summary(rows, n):
         out[f"eval/pass@{k}"] = np.mean([pass_at_k(n, c, k) for c in right])
     for key, mark in (("parse_fail", INVALID), ("timeout", "[TIMEOUT]"), ("crash", "[CRASH]"), ("illegal", ILLEGAL)):
         out[f"eval/{key}"] = sum(s["answer"].startswith(mark) for s in samples)
-    return {k: float(v) for k, v in out.items()}
+    return {k: float(v) for k, v in out.items()} | {"eval/right": right}
 
 
 def sample(cfg, engine, task, prompts, step):

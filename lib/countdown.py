@@ -157,41 +157,38 @@ reward.SELF_TEST["countdown"] = (
 N, TOP, LIMIT = 4, 9, 24  # the testbed: four numbers from 1 to 9, no result over 24
 
 
+@functools.cache
 def moves(pool, limit=LIMIT):
-    """{(a, op, b): the pool after it} of all moves that the testbed writes: larger number first, results 1 … limit.
+    """{(a, op, b): the pool after it} of all moves that the testbed writes: larger number first, results 0 … limit.
 
     So no two moves differ in their order alone: every choice of operands decides something, other than in the toy."""
     out = {}
     for i, j in itertools.combinations(range(len(pool)), 2):
         rest = [x for at, x in enumerate(pool) if at not in (i, j)]
         for op in "+-*":
-            if 0 < (value := apply(pool[i], op, pool[j])) <= limit:
+            if 0 <= (value := apply(pool[i], op, pool[j])) <= limit:
                 out[pool[i], op, pool[j]] = tuple(sorted([value, *rest], reverse=True))
     return out
 
 
 def random_walk(rng, numbers, limit=LIMIT):
-    """A uniform walk over legal moves -> (trace, where it ends), (…, None) where nothing was legal any more, as with 99
-    and 99. rng: random.Random."""
+    """A uniform walk over legal moves -> (trace, where it ends). rng: random.Random."""
     pool, steps = tuple(sorted(numbers, reverse=True)), []
-    while len(pool) > 1 and (legal := moves(pool, limit)):
-        (a, op, b), pool = rng.choice(list(legal.items()))
+    while len(pool) > 1:  # a difference is always legal
+        (a, op, b), pool = rng.choice(list(moves(pool, limit).items()))
         steps.append(f"{a}{op}{b}={apply(a, op, b)}")
-    return " " + ";".join(steps), pool[0] if len(pool) == 1 else None
+    return " " + ";".join(steps), pool[0]
 
 
 def countdown_problem(rng, n=N, top=TOP, limit=LIMIT):
     """-> (numbers, trace, target): [3, 8, 7], " 7*3=21;21+8=29", 29. The target is where a random walk ended."""
-    end = None
-    while end is None:
-        numbers = [rng.randint(1, top) for _ in range(n)]
-        trace, end = random_walk(rng, numbers, limit)
-    return numbers, trace, end
+    numbers = [rng.randint(1, top) for _ in range(n)]
+    return numbers, *random_walk(rng, numbers, limit)
 
 
 @functools.cache
 def walk_ends(pool, limit=LIMIT):
-    """{end: probability} of a uniform walk over legal moves from a pool. Walks that get stuck are missing."""
+    """{end: probability} of a uniform walk over legal moves from a pool, largest number first."""
     if len(pool) == 1:
         return {pool[0]: 1.0}
     ends, legal = Counter(), moves(pool, limit)
@@ -207,7 +204,7 @@ def walk_sees(pool, target, limit=LIMIT):
     legal = moves(pool, limit)
     if len(pool) == 2:
         return float((target,) in legal.values())
-    return sum(walk_sees(after, target, limit) for after in legal.values()) / max(1, len(legal))
+    return sum(walk_sees(after, target, limit) for after in legal.values()) / len(legal)
 
 
 def difficulty(problems, limit=LIMIT, ks=(1, 16, 64)):
