@@ -60,7 +60,8 @@ def toy_config(symbols=SYMBOLS, init=0.02):
     from transformers import Qwen2Config
     return Qwen2Config(vocab_size=len(symbols), hidden_size=128, intermediate_size=384, num_hidden_layers=2,
                        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128,
-                       initializer_range=init, tie_word_embeddings=True, bos_token_id=None, pad_token_id=0, eos_token_id=1)  # fmt: skip
+                       initializer_range=init, tie_word_embeddings=True, bos_token_id=None, pad_token_id=0,
+                       eos_token_id=1)  # fmt: skip
 
 
 def write_set(path, count, draw, held, hold=False, worked=False, several=False):

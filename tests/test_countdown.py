@@ -433,4 +433,40 @@ def test_the_matrix_resumes_skips_what_is_done_and_reads_off_budgets(tmp_path, m
     assert matrix.at_budget(done, 2_000_000, lambda row: row["eval/pass@1"]) is None
     assert re.search(r"1600k +1 +0.107 ± nan", matrix.table({("dapo", 0): done}))
     with pytest.raises(RuntimeError, match="still at step 0"):
-        matrix.finish("plain", "dapo", 1, lambda argv, env: subprocess.CompletedProcess(argv, 0))
+        matrix.finish("plain", "dapo", 1, lambda argv, **_: subprocess.CompletedProcess(argv, 0))
+
+
+def two_arms():
+    """{(arm, seed): evaluations} of two arms, two seeds, four problems, 64 samples."""
+    from tools import matrix
+    def run(right, tokens):
+        return [{"tokens/generated": t, "eval/right": r, "eval/illegal": 64, **{k: sum(r) / 256 for k in matrix.COLUMNS.values() if k != "eval/illegal"}}
+                for t, r in zip(tokens, ([8, 8, 0, 0], right), strict=True)]
+    return {("cure", 0): run([64, 0, 0, 64], [0, 1_600_000]), ("cure", 1): run([64, 0, 0, 0], [0, 1_600_000]),
+            ("random", 0): run([64, 0, 0, 0], [0, 3_200_000]), ("random", 1): run([0, 0, 0, 0], [0, 3_200_000])}  # fmt: skip
+
+
+def test_the_differences_of_two_arms_by_hand():
+    from tools import matrix
+    _, first, second = matrix.differences(two_arms(), 1_600_000).split("\n")
+    # pass@1. cure: 1/2 and 1/4. random, half way from 1/16: 5/32 and 1/32. Differences 3/8 - 3/32 = 9/32. Variances over
+    # the seeds 1/32 and 1/128, pooled 5/256: se = sqrt(5/256) = 0.140, with 2 degrees of freedom seen from 4.30 se
+    # problems: cure 1, 0, 0, 1/2; random (1/16 + 1/2) / 2 + ... = 5/16, 1/16, 0, 0
+    x = [1 - 5 / 16, -1 / 16, 0, 1 / 2]
+    se = (sum((v - 9 / 32) ** 2 for v in x) / 3 / 4) ** 0.5
+    assert re.split(" {2,}", first.strip()) == ["cure - random", "pass@1", "+0.281", "0.140", f"{se:.3f}", "0.601", "no"]
+    # pass@64: solved or not. cure 2/4 and 1/4; random (2/4 + 1/4) / 2 and (2/4 + 0) / 2
+    assert re.split(" {2,}", second.strip())[1:4] == ["pass@64", "+0.062", f"{((1 / 32 + 1 / 128) / 2) ** 0.5:.3f}"]
+
+
+def test_kept_lines_give_the_tables_and_the_picture_again(tmp_path, monkeypatch, capsys):
+    from test_analyze import assert_picture
+
+    from tools import matrix
+    monkeypatch.chdir(tmp_path)
+    rows = [{"regime": "hard", "arm": a, "seed": s, "ever_solved": 150 + s} | r for (a, s), rs in two_arms().items() for r in rs]
+    (tmp_path / "kept.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert matrix.main(["hard", "--data", "kept.jsonl", "--picture", "hard.png"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"cure +1600k +2 +0.375 ± 0.177", out) and "random (seed 1) 151" in out and "cure - random" in out
+    assert_picture(tmp_path / "hard.png")

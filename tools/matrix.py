@@ -13,6 +13,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 
@@ -145,7 +146,7 @@ def differences(runs, budget):
 
 def draw(runs, path):
     """The picture: pass@1 against pass@64 along training, a line an arm from the base model on, mean over seeds."""
-    with picture(path, 4.2) as figure:
+    with picture(Path(path), 4.2) as figure:
         ax = figure.subplots()
         for i, arm in enumerate(dict.fromkeys(a for a, _ in runs)):
             points = [over_seeds(runs, arm, b, lambda r: [r["eval/pass@1"], r["eval/pass@64"]]) for b in (0, *BUDGETS)]
@@ -165,6 +166,7 @@ def main(argv):
     parser.add_argument("--arms", default="")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
     parser.add_argument("--data", help="kept evaluation lines: run nothing")
+    parser.add_argument("--picture", help="default runs/exploration/REGIME.png")
     args = parser.parse_args(argv)
     arms = args.arms.split(",") if args.arms else REGIMES[args.regime][0]
     if unknown := set(arms) - set(ARMS):
@@ -187,7 +189,7 @@ def main(argv):
         solved = {who: rows[-1]["ever_solved"] for who, rows in runs.items()}
         print("\nof 200 training problems, ever solved: " +
               ", ".join(f"{arm} (seed {seed}) {n}" for (arm, seed), n in solved.items()))
-    draw(runs, f"runs/exploration/{args.regime}.png")
+    draw(runs, args.picture or f"runs/exploration/{args.regime}.png")
     return 0
 
 
