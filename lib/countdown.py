@@ -172,9 +172,10 @@ def moves(pool, limit=LIMIT):
 
 
 def random_walk(rng, numbers, limit=LIMIT):
-    """A uniform walk over legal moves -> (trace, where it ends). rng: random.Random."""
+    """A uniform walk over legal moves -> (trace, where it ends). rng: random.Random. No number may be over the limit:
+    then a difference is always a move."""
     pool, steps = tuple(sorted(numbers, reverse=True)), []
-    while len(pool) > 1:  # a difference is always legal
+    while len(pool) > 1:
         (a, op, b), pool = rng.choice(list(moves(pool, limit).items()))
         steps.append(f"{a}{op}{b}={apply(a, op, b)}")
     return " " + ";".join(steps), pool[0]

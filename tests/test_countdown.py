@@ -306,7 +306,7 @@ def test_the_counts_of_walks_are_those_of_walks():
 def test_the_table_of_difficulty_is_that_of_the_docs():
     rows = re.findall(r"^\| (\d) numbers to (\d+), results to (\d+) \| (.*) \|$", (ROOT / "docs/exploration.md").read_text(), re.M)
     assert len(rows) >= 4
-    for n, top, limit, cells in rows[:2]:
+    for n, top, limit, cells in rows[:3]:  # the third is the testbed
         rng, limit = random.Random(0), int(limit)
         drawn = [countdown_problem(rng, int(n), int(top), limit) for _ in range(400)]
         found = difficulty([(numbers, target) for numbers, _, target in drawn], limit)
@@ -409,54 +409,96 @@ def test_the_configs_differ_from_one_another_as_they_say(config):
     assert same == {k: vars(dapo)[k] for k in same} and sum(c.steps for _, c in stages) == 80
 
 
+def stub(tmp_path, tokens_a_step, solved=()):
+    """A cure.py that logs evaluations and writes samples up to max_steps; (run, the goals that it was given)."""
+    goals = []
+
+    def run(argv, **_):
+        given = dict(a.split("=", 1) for a in argv if "=" in a)
+        goals.append(int(given["max_steps"]))
+        steps = range(0, goals[-1] + 1, int(given["eval_every"]))
+        rows = [{"step": s, "stage": "dapo", "tokens/generated": s * tokens_a_step, "eval/right": [min(s, 64), 0], "eval/illegal": 32,
+                 "eval/pass@1": s / 1000, "eval/pass@8": 0, "eval/pass@64": 0, "eval/entropy_operands": 0, "eval/distinct": 0} for s in steps]
+        (tmp_path / given["out_dir"] / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        samples = [{"step": s, "prompt_id": p, "correct": c, "parent": -1, "prompt_ids": [1], "response_ids": [1], "response": "a", "entropy": [0.0]}
+                   for s, p, c in solved if s <= goals[-1]]  # fmt: skip
+        (tmp_path / given["out_dir"] / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in samples))
+        return subprocess.CompletedProcess(argv, 0)
+
+    return run, goals
+
+
 def test_the_matrix_resumes_skips_what_is_done_and_reads_off_budgets(tmp_path, monkeypatch):
     from tools import matrix
     monkeypatch.chdir(tmp_path)
-    ran = []
-
-    def run(argv, env, **_):
-        step = int(next(a for a in argv if a.startswith("max_steps=")).split("=")[1])
-        folder = next(a for a in argv if a.startswith("out_dir=")).split("=")[1]
-        os.makedirs(folder, exist_ok=True)
-        rows = [{"step": s, "stage": "dapo", "tokens/generated": s * 15_000, "eval/right": [s, 0],
-                 **{k: s / 1000 for k in matrix.COLUMNS.values()}} for s in range(0, step + 1, 20)]
-        (tmp_path / folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-        ran.append(step)
-        return subprocess.CompletedProcess(argv, 0)
-
+    run, goals = stub(tmp_path, 15_000)
     matrix.finish("plain", "dapo", 0, run)
-    assert ran == [20, 120], "20 steps, then all that 1.6 M tokens allow"
+    assert goals == [20, 100, 120], "20 steps, the last evaluation within 1.6 M tokens, one more"
     matrix.finish("plain", "dapo", 0, run)
-    assert len(ran) == 2, "nothing is left to do"
+    assert len(goals) == 3, "nothing is left to do"
     done = matrix.evaluations("plain", "dapo", 0)
+    assert done[1]["illegal"] == 32 / 128 and "ever_solved" not in done[1]
     assert matrix.at_budget(done, 450_000, lambda row: row["eval/pass@1"]) == pytest.approx(0.03)
     assert matrix.at_budget(done, 2_000_000, lambda row: row["eval/pass@1"]) is None
-    assert re.search(r"1600k +1 +0.107 ± nan", matrix.table({("dapo", 0): done}))
-    with pytest.raises(RuntimeError, match="still at step 0"):
-        matrix.finish("plain", "dapo", 1, lambda argv, **_: subprocess.CompletedProcess(argv, 0))
+    assert re.search(r"1600k +1 +107 ± nan +0.107 ± nan", matrix.table({("dapo", 0): done}))
 
 
-def two_arms():
-    """{(arm, seed): evaluations} of two arms, two seeds, four problems, 64 samples."""
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_run_that_was_interrupted_or_failed_is_not_started_again(tmp_path, monkeypatch, capsys, code):
     from tools import matrix
+    monkeypatch.chdir(tmp_path)
+    run, goals = stub(tmp_path, 15_000)
+    matrix.warn.cache_clear()  # it says every message once
+
+    def interrupted(argv, **kwargs):  # cure.py saves at Ctrl-C, and exits with 0
+        run([a.replace("max_steps=20", "max_steps=10") for a in argv], **kwargs)
+        return subprocess.CompletedProcess(argv, code)
+
+    with pytest.raises(RuntimeError, match="plain-dapo-s1: stopped before step 20"):
+        matrix.finish("plain", "dapo", 1, interrupted)
+    assert len(goals) == 1
+    monkeypatch.setattr(matrix, "finish", lambda *what, f=matrix.finish: f(*what, run=interrupted if what[2] else run))
+    assert matrix.finish_all([("plain", "dapo", 1), ("plain", "dapo", 0)], 1) == 1, "the others are run all the same"
+    assert "error: runs/exploration/plain-dapo-s1" in capsys.readouterr().err and len(matrix.evaluations("plain", "dapo", 0)) == 7
+
+
+def test_problems_ever_solved_are_counted_up_to_each_evaluation(tmp_path, monkeypatch):
+    from tools import matrix
+    monkeypatch.chdir(tmp_path)
+    run, _ = stub(tmp_path, 160_000, solved=[(1, 7, True), (1, 8, False), (5, 9, True), (5, 7, True), (6, 8, True), (11, 3, True)])
+    matrix.finish("hard", "dapo", 0, run)
+    assert [row["ever_solved"] for row in matrix.evaluations("hard", "dapo", 0)] == [0, 2, 3], "at steps 0, 5, 10"
+
+
+def two_arms(right=(64, 0, 0, 0)):
+    """{(arm, seed): evaluations} of two arms, two seeds, four problems, 64 samples; right: of the first arm's second seed."""
     def run(right, tokens):
-        return [{"tokens/generated": t, "eval/right": r, "eval/illegal": 64, **{k: sum(r) / 256 for k in matrix.COLUMNS.values() if k != "eval/illegal"}}
-                for t, r in zip(tokens, ([8, 8, 0, 0], right), strict=True)]
-    return {("cure", 0): run([64, 0, 0, 64], [0, 1_600_000]), ("cure", 1): run([64, 0, 0, 0], [0, 1_600_000]),
+        return [{"step": 0, "tokens/generated": t, "eval/right": list(r), "illegal": 0.25, "ever_solved": sum(r), "eval/distinct": 0,
+                 **{f"eval/{k}": sum(r) / 256 for k in ("pass@1", "pass@8", "pass@64", "entropy_operands")}}
+                for t, r in zip(tokens, ([8, 8, 0, 0], right), strict=True)]  # fmt: skip
+    return {("cure", 0): run([64, 0, 0, 64], [0, 1_600_000]), ("cure", 1): run(right, [0, 1_600_000]),
             ("random", 0): run([64, 0, 0, 0], [0, 3_200_000]), ("random", 1): run([0, 0, 0, 0], [0, 3_200_000])}  # fmt: skip
 
 
 def test_the_differences_of_two_arms_by_hand():
     from tools import matrix
-    _, first, second = matrix.differences(two_arms(), 1_600_000).split("\n")
+    rows = [re.split(" {2,}", line.strip()) for line in matrix.differences(two_arms(), 1_600_000).split("\n")[1:]]
     # pass@1. cure: 1/2 and 1/4. random, half way from 1/16: 5/32 and 1/32. Differences 3/8 - 3/32 = 9/32. Variances over
     # the seeds 1/32 and 1/128, pooled 5/256: se = sqrt(5/256) = 0.140, with 2 degrees of freedom seen from 4.30 se
-    # problems: cure 1, 0, 0, 1/2; random (1/16 + 1/2) / 2 + ... = 5/16, 1/16, 0, 0
-    x = [1 - 5 / 16, -1 / 16, 0, 1 / 2]
-    se = (sum((v - 9 / 32) ** 2 for v in x) / 3 / 4) ** 0.5
-    assert re.split(" {2,}", first.strip()) == ["cure - random", "pass@1", "+0.281", "0.140", f"{se:.3f}", "0.601", "no"]
-    # pass@64: solved or not. cure 2/4 and 1/4; random (2/4 + 1/4) / 2 and (2/4 + 0) / 2
-    assert re.split(" {2,}", second.strip())[1:4] == ["pass@64", "+0.062", f"{((1 / 32 + 1 / 128) / 2) ** 0.5:.3f}"]
+    # problems: cure 1, 0, 0, 1/2; random 5/16, 1/16, 0, 0
+    def paired(x):
+        return (sum((v - sum(x) / 4) ** 2 for v in x) / 3 / 4) ** 0.5
+
+    assert rows[0] == ["cure - random", "2, 2", "pass@1", "+0.281", "0.140", "0.601", "no", f"{paired([11 / 16, -1 / 16, 0, 1 / 2]):.3f}"]
+    # pass@64: solved or not. cure 1, 0, 0, 1/2; random, half way from 1, 1, 0, 0: 3/4, 1/2, 0, 0
+    # seeds: cure 1/2, 1/4; random 3/8, 2/8: variances 1/32, 1/128
+    assert rows[1] == ["cure - random", "2, 2", "pass@64", "+0.062", "0.140", "0.601", "no", f"{paired([1 / 4, -1 / 2, 0, 1 / 2]):.3f}"]
+    assert rows[2][2:5] == ["ever solved", "+72.0", f"{256 * 0.1398:.1f}"] and rows[2][-1] == "-"
+    same = {(a, s): rs for (a, s), rs in two_arms([64, 0, 0, 64]).items()} | {("random", 1): two_arms()["random", 0]}
+    first, *_ = matrix.differences(same, 1_600_000).split("\n")[1:]
+    assert re.split(" {2,}", first.strip())[3:7] == ["+0.344", "0.000", "0.000", "yes"], "two seeds that do not differ"
+    swapped = {({"cure": "random", "random": "cure"}[a], s): rs for (a, s), rs in same.items()}
+    assert re.split(" {2,}", matrix.differences(swapped, 1_600_000).split("\n")[1].strip())[3::3] == ["-0.344", "yes"]
 
 
 def test_kept_lines_give_the_tables_and_the_picture_again(tmp_path, monkeypatch, capsys):
@@ -464,9 +506,9 @@ def test_kept_lines_give_the_tables_and_the_picture_again(tmp_path, monkeypatch,
 
     from tools import matrix
     monkeypatch.chdir(tmp_path)
-    rows = [{"regime": "hard", "arm": a, "seed": s, "ever_solved": 150 + s} | r for (a, s), rs in two_arms().items() for r in rs]
+    rows = [{"regime": "hard", "arm": a, "seed": s} | r for (a, s), rs in two_arms().items() for r in rs]
     (tmp_path / "kept.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     assert matrix.main(["hard", "--data", "kept.jsonl", "--picture", "hard.png"]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"cure +1600k +2 +0.375 ± 0.177", out) and "random (seed 1) 151" in out and "cure - random" in out
+    assert re.search(r"cure +1600k +2 +0 ± 0 +0.375 ± 0.177", out) and "cure - random" in out and "at 400k" in out
     assert_picture(tmp_path / "hard.png")

@@ -267,6 +267,8 @@ def test_branches_table_against_counts_by_hand(tmp_path):
     assert table["tokens saved by a branch against a fresh base response"][1] == "60.0%"
     ranks = table["rank of its entropy in the response, 10th / 50th / 90th"][1]
     assert ranks == "2 / 3 / 4", "0.7 is second, 0.1 fourth of five"
+    turned = table["verdict turned, forks in the parent's first / second / last third"]
+    assert turned == ["-", "0.500 / 0.250 / -"], "t* 1 and t* 2 of five tokens"
     assert table["groups that branched"] == ["-", "2"]
     right = branches.forks_on_file(write_samples(tmp_path, group("rrrrww")))
     assert right["flip"].tolist() == [0, 1] and right["branch"].tolist() == [1, 0], "right as their parent: none turned"

@@ -93,10 +93,15 @@ def branches_table(sampled, on_file):
         x = x[np.isfinite(x)]
         return " / ".join(f"{q:.3g}" for q in np.percentile(x, [10, 50, 90])) if len(x) else "-"
 
+    def flips_by_third():
+        third = np.minimum(3 * on_file["depth"] / on_file["base_tokens"], 2).astype(int) if on_file else np.array([])
+        return " / ".join(f"{on_file['flip'][third == k].mean():.3f}" if (third == k).any() else "-" for k in range(3))
+
     columns, rows = [means(sampled), means(on_file)], [["", "all sampled", "groups on file"]]
     for label, name, form in TABLE:
         rows.append([label, *(format(m[name], form) if np.isfinite(m[name]) else "-" for m in columns)])
-    rows += [["depth of t*, 10th / 50th / 90th percentile", "-", quantiles("depth")],
+    rows += [["verdict turned, forks in the parent's first / second / last third", "-", flips_by_third()],
+             ["depth of t*, 10th / 50th / 90th percentile", "-", quantiles("depth")],
              ["rank of its entropy in the response, 10th / 50th / 90th", "-", quantiles("rank")]]
     return aligned(rows)
 

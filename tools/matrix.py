@@ -1,11 +1,11 @@
 """The experiment of docs/exploration.md: every arm and seed, resumed where it stopped, then tables and a picture.
 
-    python -m tools.matrix plain                           # all arms, all seeds, two runs at a time
-    python -m tools.matrix hard --seeds 0 --arms cure,dapo # a part of it
-    python -m tools.matrix plain --data docs/data/exploration.jsonl     # tables and picture of kept lines, no run
+    python -m tools.matrix plain                             # all arms, all seeds, two runs at a time
+    python -m tools.matrix hard --seeds 0 --arms cure,dapo   # a part of it; --jobs 0: run nothing
+    python -m tools.matrix plain --data docs/data/exploration.jsonl     # tables and picture of kept lines
 
-A run is over at its first evaluation at or beyond the last budget. A number at a budget lies on the line between the
-two evaluations around it.
+A run ends at an evaluation beyond the last budget. A number at a budget lies on the line between the two evaluations
+around it.
 """
 import json
 import os
@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 
 from lib.files import aligned
-from tools.common import COLOURS, MARKERS, command_line, picture, read_run, read_samples
+from tools.common import COLOURS, MARKERS, command_line, picture, read_run, read_samples, warn
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BUDGETS = [400_000, 800_000, 1_200_000, 1_600_000]  # generated tokens
-SEEDS = (0, 1, 2)
+SEEDS, EVAL_N = (0, 1, 2), 64  # EVAL_N: samples a held-out problem, in the configs
 ARMS = {  # arm: config, and what differs
     "cure": ["countdown"],
     "random": ["countdown", "critical=random"],
@@ -31,14 +31,17 @@ ARMS = {  # arm: config, and what differs
     "dapo": ["countdown-dapo", "stages.dapo.steps=1000"],
     "8020": ["countdown-8020", "stages.mask8020.steps=1000"],
 }
-REGIMES = {  # regime: arms, steps between evaluations, and what differs
-    "plain": (list(ARMS), 20, []),
-    "hard": (["cure", "random", "dapo"], 10, ["data=runs/countdown-base/hard.jsonl", "samples_per_step=0"]),
-}
+REGIMES = {  # regime: arms, steps between evaluations, steps of stage 1, and what differs
+    "plain": (list(ARMS), 20, 40, []),
+    "hard": (["cure", "random", "dapo"], 5, 15,
+             ["data=runs/countdown-base/hard.jsonl", "prompts_per_step=60", "samples_per_step=0"]),
+}  # fmt: skip
 COMPARED = [("cure", "random"), ("cure", "surprisal"), ("cure", "dapo"), ("cure", "none"), ("8020", "dapo")]
-COLUMNS = {"pass@1": "eval/pass@1", "pass@8": "eval/pass@8", "pass@64": "eval/pass@64", "illegal": "eval/illegal",
-           "operands": "eval/entropy_operands", "distinct": "eval/distinct"}  # fmt: skip
-T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 6: 2.45, 8: 2.31, 10: 2.23}  # two-sided, by degrees of freedom
+COLUMNS = {"step": ("step", ".0f"), "pass@1": ("eval/pass@1", ".3f"), "pass@8": ("eval/pass@8", ".3f"),
+           "pass@64": ("eval/pass@64", ".3f"), "illegal": ("illegal", ".3f"),
+           "operands": ("eval/entropy_operands", ".3f"), "distinct": ("eval/distinct", ".3f"),
+           "ever solved": ("ever_solved", ".0f")}  # fmt: skip
+T_95 = {2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45}  # Student's t, two-sided 5 %, by degrees of freedom
 
 
 # ------------------------------------------------------------------------------------------------------------- the runs
@@ -48,47 +51,65 @@ def run_folder(regime, arm, seed):
 
 
 def evaluations(regime, arm, seed):
-    """The evaluations of a run as lines of docs/data, in order, [] where it has not begun."""
+    """The evaluations of a run, in order, as lines to keep. [] where it has not begun.
+
+    illegal: share of samples. ever_solved: training problems with a right rollout in a group trained on until then,
+    where samples.jsonl has all groups."""
     folder = run_folder(regime, arm, seed)
     rows = read_run(folder)[1] if os.path.exists(f"{folder}/metrics.jsonl") else []
-    who = {"regime": regime, "arm": arm, "seed": seed}
-    return [who | {k: r[k] for k in ("step", "tokens/generated", *COLUMNS.values(), "eval/right")} for r in rows]
+    first, whole = {}, "samples_per_step=0" in REGIMES[regime][3]
+    for row in read_samples(f"{folder}/samples.jsonl", {"prompt_id", "correct"}) if rows and whole else ():
+        if row["correct"]:
+            first[row["prompt_id"]] = min(row["step"], first.get(row["prompt_id"], row["step"]))
+    kept = {key for key, _ in COLUMNS.values()} | {"tokens/generated", "eval/right"}
+    return [{"regime": regime, "arm": arm, "seed": seed} | {k: v for k, v in row.items() if k in kept}
+            | {"illegal": row["eval/illegal"] / EVAL_N / len(row["eval/right"])}
+            | ({"ever_solved": sum(s <= row["step"] for s in first.values())} if whole else {})
+            for row in rows]  # fmt: skip
 
 
 def command(regime, arm, seed, max_steps):
     """The command that takes a run to max_steps."""
-    (config, *own), (_, every, more) = ARMS[arm], REGIMES[regime]
-    if config == "countdown":  # two stages: half of the steps that a budget of 20,000 tokens a step allows
-        own = [f"stages.stage1.steps={2 * every}", "stages.stage2.steps=1000", *own]
+    (config, *own), (_, every, first, more) = ARMS[arm], REGIMES[regime]
+    stages = [f"stages.stage1.steps={first}", "stages.stage2.steps=1000"] if config == "countdown" else []
     return [sys.executable, f"{HERE}/cure.py", "--config", f"{HERE}/configs/{config}.yaml", f"seed={seed}",
             f"out_dir={run_folder(regime, arm, seed)}", f"max_steps={max_steps}", f"eval_every={every}",
-            "eval_prompts=0", f"save_every={every}", *own, *more]  # fmt: skip
+            "eval_prompts=0", f"save_every={every}", *stages, *own, *more]  # fmt: skip
 
 
 def finish(regime, arm, seed, run=subprocess.run):
-    """Run an arm's seed until its budget is spent. RuntimeError: a run failed, or stands still."""
-    before, folder, every = -1, run_folder(regime, arm, seed), REGIMES[regime][1]
+    """Run an arm's seed until its budget is spent. RuntimeError: it failed, or was interrupted."""
+    folder, every = run_folder(regime, arm, seed), REGIMES[regime][1]
     while not (done := evaluations(regime, arm, seed)) or done[-1]["tokens/generated"] < BUDGETS[-1]:
-        step = done[-1]["step"] if done else 0
-        if step == before:
-            raise RuntimeError(f"{folder}: still at step {step}, see {folder}.log")
-        spent = done[-1]["tokens/generated"] if step else BUDGETS[-1]
-        before, goal = step, every * max(step // every + 1, -int(-step * BUDGETS[-1] // (spent * every)))
-        argv = command(regime, arm, seed, goal)
-        os.makedirs(folder, exist_ok=True)
+        goal = every  # later: the last evaluation within the budget, at so many tokens a step, then one more
+        if done and (step := done[-1]["step"]):
+            goal = every * max(step // every + 1, int(step * BUDGETS[-1] / done[-1]["tokens/generated"] / every))
         print(f"{folder}: to step {goal}", flush=True)
+        os.makedirs(folder, exist_ok=True)
         with open(f"{folder}.log", "a") as log:  # two runs at once would mix their lines on a screen
-            code = run(argv, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log).returncode
-        if code:
-            raise RuntimeError(f"{folder}: cure.py ended with {code}, see {folder}.log")
+            code = run(command(regime, arm, seed, goal), env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log,
+                       stderr=log).returncode  # fmt: skip
+        done = evaluations(regime, arm, seed)
+        if code or not done or done[-1]["step"] < goal:
+            raise RuntimeError(f"{folder}: stopped before step {goal}, see {folder}.log")
 
 
-def ever_solved(regime, arm, seed):
-    """How many training problems a run solved at least once within the last budget."""
-    folder = run_folder(regime, arm, seed)
-    steps = {row["step"] for row in read_run(folder)[0] if row["tokens/generated"] <= BUDGETS[-1]}
-    rows = read_samples(f"{folder}/samples.jsonl", {"prompt_id", "correct"})
-    return len({row["prompt_id"] for row in rows if row["correct"] and row["step"] in steps})
+def finish_all(todo, jobs):
+    """finish() of many (regime, arm, seed), `jobs` at a time -> how many failed. Each failure is said at once."""
+    def attempt(what):
+        try:
+            finish(*what)
+        except RuntimeError as e:
+            warn(f"error: {e}")
+            return 1
+        return 0
+
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            return sum(pool.map(attempt, todo))
+        except KeyboardInterrupt:  # the runs have got it, too, and save
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 # ----------------------------------------------------------------------------------------------------------- the result
@@ -103,7 +124,7 @@ def at_budget(rows, budget, get):
 
 
 def over_seeds(runs, arm, budget, get):
-    """at_budget of an arm's seeds that have got so far, as an array with seeds first."""
+    """at_budget of those seeds of an arm that have got so far, as an array with seeds first."""
     found = [at_budget(rows, budget, get) for (a, _), rows in sorted(runs.items()) if a == arm]
     return np.array([x for x in found if x is not None])
 
@@ -113,84 +134,85 @@ def table(runs):
     rows = [["arm", "tokens", "seeds", *COLUMNS]]
     for arm in dict.fromkeys(a for a, _ in runs):
         for budget in (0, *BUDGETS):
-            def numbers(row):
-                scale = [64 * len(row["eval/right"]) if k == "illegal" else 1 for k in COLUMNS]
-                return [row[key] / s for key, s in zip(COLUMNS.values(), scale, strict=True)]
-            if len(found := over_seeds(runs, arm, budget, numbers)):
+            found = over_seeds(runs, arm, budget, lambda row: [row.get(key, np.nan) for key, _ in COLUMNS.values()])
+            if len(found):
                 spread = found.std(0, ddof=1) if len(found) > 1 else [np.nan] * len(COLUMNS)
-                cells = [f"{m:.3f} ± {s:.3f}" for m, s in zip(found.mean(0), spread, strict=True)]
-                rows.append([arm, f"{budget // 1000}k", len(found), *cells])
-    return aligned([[str(x) for x in row] for row in rows])
+                cells = zip(found.mean(0), spread, COLUMNS.values(), strict=True)
+                rows.append([arm, f"{budget // 1000}k", str(len(found)),
+                             *("-" if np.isnan(m) else f"{m:{form}} ± {s:{form}}" for m, s, (_, form) in cells)])
+    return aligned(rows)
 
 
 def differences(runs, budget):
-    """A line a pair of arms: the difference in pass@1 and pass@64, its standard error over seeds and over problems
-    (paired: both arms on the same problems, each problem's mean over seeds), and the smallest difference that is seen.
-    """
-    rows = [["at " + f"{budget // 1000}k", "measure", "difference", "se seeds", "se problems", "seen from", "seen"]]
+    """A line a pair of arms and measure: the difference, its standard error over seeds, the difference from which on it
+    is seen, and the standard error over problems.
+
+    The first holds the problems fixed: it is about other seeds, pooled over the two arms. The last holds the runs
+    fixed: it is about other problems, paired, each with its mean over seeds."""
+    rows = [[f"at {budget // 1000}k", "seeds", "measure", "difference", "se seeds", "seen from", "seen", "se problems"]]
+    measures = {"pass@1": (lambda row: np.array(row["eval/right"]) / EVAL_N, "+.3f", ".3f"),
+                "pass@64": (lambda row: np.array(row["eval/right"]) > 0, "+.3f", ".3f"),
+                "ever solved": (lambda row: [row.get("ever_solved", np.nan)], "+.1f", ".1f")}  # fmt: skip
     for a, b in COMPARED:
-        for name, get in (("pass@1", lambda r: np.array(r["eval/right"]) / 64),
-                          ("pass@64", lambda r: np.array(r["eval/right"]) > 0)):  # fmt: skip
+        for name, (get, signed, form) in measures.items():
             x, y = over_seeds(runs, a, budget, get), over_seeds(runs, b, budget, get)
-            if min(len(x), len(y)) < 2:
+            if min(len(x), len(y)) < 2 or np.isnan(x).any():
                 continue
-            by_problem, free = x.mean(0) - y.mean(0), len(x) + len(y) - 2
+            free, by_problem = len(x) + len(y) - 2, x.mean(0) - y.mean(0)
             pooled = (x.mean(1).var(ddof=1) * (len(x) - 1) + y.mean(1).var(ddof=1) * (len(y) - 1)) / free
             se = np.sqrt(pooled * (1 / len(x) + 1 / len(y)))
-            limit = T_95.get(free, 2.0) * se
-            paired, found = by_problem.std(ddof=1) / len(by_problem) ** 0.5, by_problem.mean()
-            rows.append([f"{a} - {b}", name, f"{found:+.3f}", *(f"{v:.3f}" for v in (se, paired, limit)),
-                         "yes" if abs(found) > limit else "no"])
+            found, limit = by_problem.mean(), T_95[free] * se
+            paired = f"{by_problem.std(ddof=1) / len(by_problem) ** 0.5:{form}}" if len(by_problem) > 1 else "-"
+            rows.append([f"{a} - {b}", f"{len(x)}, {len(y)}", name, f"{found:{signed}}", f"{se:{form}}",
+                         f"{limit:{form}}", "yes" if abs(found) > limit else "no", paired])
     return aligned(rows)
 
 
 def draw(runs, path):
-    """The picture: pass@1 against pass@64 along training, a line an arm from the base model on, mean over seeds."""
-    with picture(Path(path), 4.2) as figure:
+    """The picture: pass@1 against pass@64 along training. Lines are means over seeds, pale marks single seeds."""
+    def point(row):
+        return [row["eval/pass@1"], row["eval/pass@64"]]
+
+    with picture(Path(path), 4.6) as figure:
         ax = figure.subplots()
-        for i, arm in enumerate(dict.fromkeys(a for a, _ in runs)):
-            points = [over_seeds(runs, arm, b, lambda r: [r["eval/pass@1"], r["eval/pass@64"]]) for b in (0, *BUDGETS)]
-            points = np.array([p.mean(0) for p in points if len(p)])
-            ax.plot(*points.T, color=COLOURS[i], marker=MARKERS[i], label=arm)
-            for p in over_seeds(runs, arm, BUDGETS[-1], lambda r: [r["eval/pass@1"], r["eval/pass@64"]]):
-                ax.plot(*p, color=COLOURS[i], marker=MARKERS[i], alpha=0.35, linestyle="none")
+        for i, arm in enumerate(ARMS):
+            points = [over_seeds(runs, arm, budget, point) for budget in (0, *BUDGETS)]
+            means = np.array([p.mean(0) for p in points if len(p)])
+            if len(means):
+                ax.plot(*means.T, color=COLOURS[i], marker=MARKERS[i], label=arm)
+                ax.plot(*points[-1].T if len(points[-1]) else [], color=COLOURS[i], marker=MARKERS[i], ls="", alpha=0.4)
         ax.set(xlabel="pass@1, held-out", ylabel="pass@64, held-out")
-        ax.legend(title=f"{BUDGETS[0] // 1000}k tokens a mark")
+        ax.legend(title=f"a mark every {BUDGETS[0] // 1000}k tokens")
 
 
 def main(argv):
-    """The part of the matrix that is asked for, then its tables and its picture."""
+    """The part of the matrix that is asked for, then the tables and the picture of all that is there."""
     parser = command_line("matrix", __doc__)
     parser.add_argument("regime", choices=REGIMES)
     parser.add_argument("--seeds", default=",".join(map(str, SEEDS)))
     parser.add_argument("--arms", default="")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
-    parser.add_argument("--data", help="kept evaluation lines: run nothing")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a core each; 0: run nothing")
+    parser.add_argument("--data", help="kept lines: run nothing")
     parser.add_argument("--picture", help="default runs/exploration/REGIME.png")
     args = parser.parse_args(argv)
     arms = args.arms.split(",") if args.arms else REGIMES[args.regime][0]
     if unknown := set(arms) - set(ARMS):
         parser.error(f"--arms: no arm {min(unknown)}; there are {', '.join(ARMS)}")
-    todo = [(args.regime, arm, int(seed)) for seed in args.seeds.split(",") for arm in arms]  # a seed of all arms first
+    failed, kept = 0, args.data or f"runs/exploration/{args.regime}.jsonl"
     if not args.data:
-        with ThreadPoolExecutor(args.jobs) as jobs:
-            list(jobs.map(lambda x: finish(*x), todo))
-        args.data = f"runs/exploration/{args.regime}.jsonl"
-        with open(args.data, "w") as file:
-            for what in todo:
-                solved = {"ever_solved": ever_solved(*what)} if args.regime == "hard" else {}
-                file.writelines(json.dumps(row | solved) + "\n" for row in evaluations(*what))
+        todo = [(args.regime, arm, int(seed)) for seed in args.seeds.split(",") for arm in arms]  # seed by seed
+        failed = finish_all(todo, args.jobs) if args.jobs else 0
+        os.makedirs("runs/exploration", exist_ok=True)
+        with open(kept, "w") as file:
+            file.writelines(json.dumps(row) + "\n" for arm in REGIMES[args.regime][0] for seed in SEEDS
+                            for row in evaluations(args.regime, arm, seed))  # fmt: skip
     runs = {}
-    for row in map(json.loads, open(args.data)):
+    for row in map(json.loads, Path(kept).read_text().splitlines()):
         if row["regime"] == args.regime:
             runs.setdefault((row["arm"], row["seed"]), []).append(row)
-    print(table(runs), differences(runs, BUDGETS[-1]), sep="\n\n")
-    if args.regime == "hard":
-        solved = {who: rows[-1]["ever_solved"] for who, rows in runs.items()}
-        print("\nof 200 training problems, ever solved: " +
-              ", ".join(f"{arm} (seed {seed}) {n}" for (arm, seed), n in solved.items()))
+    print(table(runs), *(differences(runs, budget) for budget in (BUDGETS[0], BUDGETS[-1])), sep="\n\n")
     draw(runs, args.picture or f"runs/exploration/{args.regime}.png")
-    return 0
+    return int(failed > 0)
 
 
 if __name__ == "__main__":
