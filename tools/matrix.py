@@ -181,6 +181,7 @@ def draw(runs, path):
             if len(means):
                 ax.plot(*means.T, color=COLOURS[i], marker=MARKERS[i], label=arm)
                 ax.plot(*points[-1].T if len(points[-1]) else [], color=COLOURS[i], marker=MARKERS[i], ls="", alpha=0.4)
+                ax.annotate("", means[-1], means[-2:][0], arrowprops={"arrowstyle": "-|>", "color": COLOURS[i]})
         ax.set(xlabel="pass@1, held-out", ylabel="pass@64, held-out")
         ax.legend(title=f"a mark every {BUDGETS[0] // 1000}k tokens")
 
