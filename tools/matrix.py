@@ -34,7 +34,7 @@ ARMS = {  # arm: config, and what differs
 REGIMES = {  # regime: arms, steps between evaluations, steps of stage 1, and what differs
     "plain": (list(ARMS), 20, 40, []),
     "hard": (["cure", "random", "dapo"], 5, 15,
-             ["data=runs/countdown-base/hard.jsonl", "prompts_per_step=60", "samples_per_step=0"]),
+             ["data=runs/countdown-base/hard.jsonl", "prompts_per_step=64", "samples_per_step=0"]),
 }  # fmt: skip
 COMPARED = [("cure", "random"), ("cure", "surprisal"), ("cure", "dapo"), ("cure", "none"), ("8020", "dapo")]
 COLUMNS = {"step": ("step", ".0f"), "pass@1": ("eval/pass@1", ".3f"), "pass@8": ("eval/pass@8", ".3f"),
