@@ -30,13 +30,15 @@ ARMS = {  # arm: config, and what differs
     "surprisal": ["countdown", "method=surprisal"],
     "dapo": ["countdown-dapo", "stages.dapo.steps=1000"],
     "8020": ["countdown-8020", "stages.mask8020.steps=1000"],
+    "random20": ["countdown-8020", "stages.mask8020.steps=1000", "entropy_mask_side=random"],  # its null
 }
 REGIMES = {  # regime: arms, steps between evaluations, steps of stage 1, and what differs
     "plain": (list(ARMS), 20, 40, []),
     "hard": (["cure", "random", "dapo"], 5, 15,
              ["data=runs/countdown-base/hard.jsonl", "prompts_per_step=64", "samples_per_step=0"]),
 }  # fmt: skip
-COMPARED = [("cure", "random"), ("cure", "surprisal"), ("cure", "dapo"), ("cure", "none"), ("8020", "dapo")]
+COMPARED = [("cure", "random"), ("cure", "surprisal"), ("cure", "dapo"), ("cure", "none"), ("8020", "dapo"),
+            ("8020", "random20")]
 COLUMNS = {"step": ("step", ".0f"), "pass@1": ("eval/pass@1", ".3f"), "pass@8": ("eval/pass@8", ".3f"),
            "pass@64": ("eval/pass@64", ".3f"), "illegal": ("illegal", ".3f"),
            "operands": ("eval/entropy_operands", ".3f"), "distinct": ("eval/distinct", ".3f"),
