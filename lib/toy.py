@@ -208,7 +208,7 @@ class Bed(NamedTuple):
 BEDS = {
     "toy": Bed(FOLDER, make_toy, toy_config, toy_regions, "heldout", "a minute or two"),
     "countdown": Bed("runs/countdown-base", make_countdown, partial(toy_config, COUNTDOWN_SYMBOLS, INIT),
-                     partial(toy_regions, choice="0123456789+-*"), "choose", "about three minutes"),
+                     partial(toy_regions, choice="0123456789+-*"), "choose", "about four minutes"),
 }  # fmt: skip
 
 
