@@ -337,6 +337,12 @@ def test_no_problem_is_in_two_sets(made):
     assert len(hard) == 50 and len(rest) == 250 and rates == sorted(rates) and max(rates) <= min(rest)
 
 
+def test_three_worked_walks_in_ten_end_at_the_target_on_purpose(made):
+    rows = [json.loads(row) for row in open(f"{made}/sft.jsonl")]
+    right = sum(graded(row["solution"], row["answer"])[0] for row in rows) / len(rows)
+    assert 0.30 < right < 0.46, "three in ten, and a tenth of the others by chance: 0.37, 4 standard errors of 0.022"
+
+
 def test_the_sets_are_made_the_same_twice(made, tmp_path):
     toy.make_countdown(str(tmp_path), n_train=300, n_heldout=100, n_sft=500, n_hard=50)
     for name in os.listdir(made):
