@@ -23,13 +23,22 @@ from eval import evaluate
 from lib import checkpoint, data
 from lib.config import list_configs, load_config
 from lib.engine import gap_limit, request_seed
-from lib.method import load_method
+from lib.method import for_step, load_method
 from lib.policy import cut, learning_rate
 from lib.ranks import end_group, gather, gather_sums, leave, one_line_errors, timed
-from lib.run import announce, describe, describe_evaluation, performance, prepare_run, warn
+from lib.run import (
+    announce,
+    describe,
+    describe_evaluation,
+    entropy_metrics,
+    performance,
+    prepare_run,
+    sampling_metrics,
+    warn,
+)
 from lib.sft import sft_step
-from loss import group_advantages, mismatch, n_kept, policy_loss, token_mask, token_weights, truncated_importance
-from rollout import allowed_tokens, collect, critical_tokens, sampling_metrics, token_column
+from loss import group_advantages, importance_weights, mismatch, n_kept, policy_loss, token_mask, token_weights
+from rollout import allowed_tokens, collect, critical_tokens, response_lengths, token_column
 
 
 # ---------------------------------------------------------------------------------------------------- one training step
@@ -47,7 +56,9 @@ def train_step(run, cfg, task):
         # 2. Score: log-probs and entropies of these tokens under the policy as it is now, before this step's updates.
         minibatches = cut_minibatches(cfg, rows, run.world)
         with timed(clock, "old_log_prob"):
-            score(run, cfg, minibatches)
+            score(run, cfg, minibatches, ("old_logp", "entropy", "statistic"), None, task.method.position_statistic)
+            if task.method.reference:
+                score(run, cfg, minibatches, ("ref_logp",), run.reference)
         m |= entropy_metrics(rows)
 
         # 3. Compare with the engine that sampled. A stale or corrupt engine trains with a normal-looking loss.
@@ -55,13 +66,15 @@ def train_step(run, cfg, task):
 
         if kept:
             # 4. Advantages: how much better is a rollout than the others of its prompt?
-            set_advantages(task.method, kept)
+            method, settings = for_step(task.method, run.state, cfg, kept)
+            m |= settings
+            set_advantages(method, kept)
 
             # 5. Optimizer steps, one a minibatch, while the engine sleeps.
             with timed(clock, "sleep"):
                 run.engine.sleep()
             with timed(clock, "update_actor"):
-                m |= optimizer_steps(run, cfg, task.method, minibatches)
+                m |= optimizer_steps(run, cfg, method, minibatches)
 
             # 6. Sync: the engine wakes with the new weights.
             run.refresh(clock)
@@ -93,15 +106,17 @@ def cut_minibatches(cfg, rollouts, world):
     return out
 
 
-def score(run, cfg, minibatches):
-    """Write old_logp and entropy into all rollouts, on every rank. A collective.
+def score(run, cfg, minibatches, names=("old_logp", "entropy"), model=None, statistic=None):
+    """Write log-probs, entropies and the statistic, if any, into these fields of all rollouts, on every rank, under
+    `model`, else the policy. A collective.
 
     One pass, in the update's own micro-batches: the same shapes give the same floats, so the first minibatch's ratio is
     exactly 1 (CURE-8)."""
     mine = [(k, i) for k, mini in enumerate(minibatches) for micro in mini.cut[run.rank] for i in micro]
-    scored = run.policy.score([micro for mini in minibatches for micro in mini.here(run.rank)], cfg.temperature)
-    for (k, i), (logp, entropy) in gather(list(zip(mine, scored, strict=True))):
-        minibatches[k].rows[i].old_logp, minibatches[k].rows[i].entropy = logp, entropy
+    micro_batches = [micro for mini in minibatches for micro in mini.here(run.rank)]
+    scored = (model or run.policy).score(micro_batches, cfg.temperature, statistic)
+    for (k, i), found in gather(list(zip(mine, scored, strict=True))):
+        vars(minibatches[k].rows[i]).update(zip(names, found, strict=False))
 
 
 def compare_with_engine(run, cfg, rollouts):
@@ -122,7 +137,8 @@ def compare_with_engine(run, cfg, rollouts):
 
 def set_advantages(method, rollouts):
     """Write advantage into the rollouts. Base and branches of a prompt are one group, with one baseline.  (CURE-7)"""
-    scores, groups, parents = (torch.tensor([getattr(r, k) for r in rollouts]) for k in ("reward", "group", "parent"))
+    scores, groups = (torch.tensor([getattr(r, k) for r in rollouts]) for k in ("reward", "group"))
+    parents = torch.tensor([r.parent if r.t_star is not None else -1 for r in rollouts])  # a plain resample has none
     for r, advantage in zip(rollouts, method.group_advantages(scores, groups, parents).tolist(), strict=True):
         r.advantage = advantage
 
@@ -151,7 +167,7 @@ def minibatch_loss(run, cfg, method, mini, k, sums):
     """The loss of a step's minibatch number k as a function of one of its micro-batches: loss_fn(rollouts, logp,
     entropy) -> scalar. `sums`, a Counter, collects per-token sums for the log. A collective."""
     seed = (cfg.seed, cfg.name, run.state["stage_step"], k)
-    if method.survey_minibatch is not survey_minibatch:
+    if method.survey_minibatch:
         survey(run, cfg, method, mini, seed, first=k == 0)
     # Totals of the minibatch over all ranks, known before any forward: summing the scalars over micro-batches and ranks
     # gives the loss, however it was cut.
@@ -159,14 +175,14 @@ def minibatch_loss(run, cfg, method, mini, k, sums):
 
     def loss_fn(rows, logp, entropy):
         """A micro-batch's share of the loss. logp, entropy (T,): of its response tokens, by the present policy."""
-        length = torch.tensor([len(r.response_ids) for r in rows], dtype=torch.long, device=logp.device)  # (n,)
+        length = response_lengths(rows, logp.device)  # (n,)
         old = token_column(rows, lambda r: r.old_logp, logp.device)  # (T,)
         advantage = torch.tensor([r.advantage for r in rows], device=logp.device).repeat_interleave(length)
         loss, flags = method.policy_loss(logp, old, advantage, entropy, rows, cfg.clip_low, cfg.clip_high)
-        if cfg.tis_cap:
+        if cfg.importance:
             engine = token_column(rows, lambda r: r.engine_logp, logp.device)
-            flags["tis_weight"] = truncated_importance(old, engine, cfg.tis_cap)
-            loss = loss * flags["tis_weight"]
+            flags["is_weight"] = importance_weights(old, engine, length, *cfg.importance)
+            loss = loss * flags["is_weight"]
         counts = length
         if masked(cfg, method):  # the 80/20 rule
             keep = micro_mask(run, cfg, method, rows, entropy, seed)
@@ -219,44 +235,25 @@ def micro_mask(run, cfg, method, rows, entropy, seed):
     return keep.to(entropy.device)
 
 
-def survey_minibatch(rows, logp, old_logp, advantage, generator, clip_low, clip_high):
-    """A hook without a default. A method that has it declares that it needs numbers of the whole minibatch.
-
-    rows: the minibatch's rollouts over all ranks; logp, old_logp, advantage (N,) of all their tokens, logp under the
-    present policy; generator: seeded. Returns {name: (N,)}. The loss finds its part in r.survey[name]."""
-    raise NotImplementedError("never called: a method brings its own")
-
-
 def survey(run, cfg, method, mini, seed, first):
     """Call a method's survey_minibatch and hand its numbers to the rollouts. A collective.
 
     The log-probs are scored once more, in the update's own micro-batches, which gives the floats of the update's own
     forward. In a step's first minibatch they are the old ones."""
-    now = [r.old_logp for r in mini.rows]
     if not first:
-        mine = [i for micro in mini.cut[run.rank] for i in micro]
-        scored = run.policy.score(mini.here(run.rank), cfg.temperature)
-        for i, logp in gather([(i, logp) for i, (logp, _) in zip(mine, scored, strict=True)]):
-            now[i] = logp
-    logp, old = torch.from_numpy(np.concatenate(now)), token_column(mini.rows, lambda r: r.old_logp)  # (N,), (N,)
-    lengths = [len(r.response_ids) for r in mini.rows]
-    advantage = torch.tensor([r.advantage for r in mini.rows]).repeat_interleave(torch.tensor(lengths))
+        score(run, cfg, [mini], ("logp",))
+    old = token_column(mini.rows, lambda r: r.old_logp)  # (N,)
+    logp = old if first else token_column(mini.rows, lambda r: r.logp)
+    lengths = response_lengths(mini.rows)
+    advantage = torch.tensor([r.advantage for r in mini.rows]).repeat_interleave(lengths)
     rng = torch.Generator().manual_seed(request_seed(*seed, "survey"))
     found = method.survey_minibatch(mini.rows, logp, old, advantage, rng, cfg.clip_low, cfg.clip_high)
     for name, values in found.items():
-        for r, part in zip(mini.rows, values.split(lengths), strict=True):
+        for r, part in zip(mini.rows, values.split(lengths.tolist()), strict=True):
             r.survey[name] = part.numpy()
 
 
-def entropy_metrics(rollouts):
-    """Token means of the entropy over base, branch and all rollouts at hand: of kept groups, where any was kept."""
-    base, branch = ([r.entropy for r in rollouts if (r.parent >= 0) == side] for side in (False, True))
-    parts = {"base": base, "branch": branch, "all": branch and base + branch}
-    m = {f"entropy/{k}_kept": float(np.concatenate(h).mean()) for k, h in parts.items() if h}
-    return m | {"actor/entropy": m["entropy/base_kept"]}  # verl's name
-
-
-HOOKS = {f.__name__: f for f in (critical_tokens, group_advantages, policy_loss, token_mask, survey_minibatch)}
+HOOKS = {f.__name__: f for f in (critical_tokens, group_advantages, policy_loss, token_mask)}  # and method.OPTIONAL
 
 
 # ----------------------------------------------------------------------------------------------------------- the stages
@@ -266,7 +263,7 @@ def setup(argv, files=True):
     with one_line_errors():
         stages = load_config(argv, usage=__doc__)
         methods = {name: load_method(cfg, HOOKS) for name, cfg in stages}
-        run = prepare_run(stages, files=files)
+        run = prepare_run(stages, files=files, reference=any(m.reference for m in methods.values()))
         for name, cfg in stages if not run.finished else []:
             V, task = run.policy.config.vocab_size, run.tasks[name]
             task.allowed = allowed_tokens(run.tokenizer, V, cfg.min_token_chars, run.stop_ids)

@@ -30,10 +30,10 @@ class _ChunkedHead(torch.autograd.Function):
     costs 4 head products instead of 3."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, tokens, temperature, chunk):
+    def forward(ctx, hidden, weight, tokens, temperature, chunk, statistic):
         """See logp_and_entropy for shapes and units."""
         T = hidden.shape[0]
-        logp, entropy, lse = (torch.empty(T, dtype=torch.float32, device=hidden.device) for _ in range(3))
+        logp, entropy, lse, extra = (torch.empty(T, dtype=torch.float32, device=hidden.device) for _ in range(4))
         for a in range(0, T, chunk):
             s = slice(a, a + chunk)
             z = _logits(hidden[s], weight, temperature)  # (C, V)
@@ -42,17 +42,20 @@ class _ChunkedHead(torch.autograd.Function):
             logp[s] = z.gather(-1, tokens[s, None])[:, 0]
             # a token of probability 0 has log p = -inf; its share of the entropy is 0, not 0 * inf = nan
             entropy[s] = -(z.exp() * z).nan_to_num_(nan=0.0).sum(-1) + 0.0 * lse[s]  # a nan in the logits stays a nan
+            if statistic:
+                extra[s] = statistic(z, entropy[s], tokens[s])
         ctx.save_for_backward(hidden, weight, tokens, lse, entropy)
         ctx.temperature, ctx.chunk = temperature, chunk
         ctx.set_materialize_grads(False)  # entropy is seldom differentiated: then its gradient is None, and free
-        return logp, entropy
+        ctx.mark_non_differentiable(extra)
+        return (logp, entropy, extra) if statistic else (logp, entropy)
 
     @staticmethod
-    def backward(ctx, g_logp, g_entropy):
+    def backward(ctx, g_logp, g_entropy, *_):
         """From gradients (T,) of both outputs, None where there is none, to those of hidden (T, D), weight (V, D)."""
         hidden, weight, tokens, lse, entropy = ctx.saved_tensors
         if g_logp is None and g_entropy is None:
-            return None, None, None, None, None
+            return (None,) * 6
         d_hidden = torch.zeros_like(hidden)
         d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for a in range(0, hidden.shape[0], ctx.chunk):
@@ -68,19 +71,21 @@ class _ChunkedHead(torch.autograd.Function):
             dz = z.div_(ctx.temperature).to(hidden.dtype)
             d_hidden[s] = dz @ weight
             d_weight += (dz.t() @ hidden[s]).float()
-        return d_hidden, d_weight.to(weight.dtype), None, None, None
+        return d_hidden, d_weight.to(weight.dtype), None, None, None, None
 
 
-def logp_and_entropy(hidden, weight, tokens, temperature=1.0, chunk=HEAD_CHUNK):
+def logp_and_entropy(hidden, weight, tokens, temperature=1.0, chunk=HEAD_CHUNK, statistic=None):
     """Log-probability of each sampled token, and entropy of the distribution it was drawn from (80/20 eq. 1).
 
     hidden (T, D): last hidden states at the positions that *produced* the tokens; the shift is made in policy.pack.
     weight (V, D): the LM head. tokens (T,) int64. temperature: of sampling; the logits are divided by it.
     Returns logp (T,), entropy (T,), nats, fp32 whatever the input dtype, differentiable in hidden and weight. Only
-    `chunk` rows of logits live at a time, forward and backward. ValueError: temperature <= 0."""
+    `chunk` rows of logits live at a time, forward and backward. ValueError: temperature <= 0.
+    statistic: a method's function of a chunk's log-probs (C, V), entropy (C,) and tokens (C,) -> (C,), returned as a
+    third (T,)."""
     if temperature <= 0:
         raise ValueError(f"temperature must be > 0 to score tokens, got {temperature}")
-    return _ChunkedHead.apply(hidden, weight, tokens, float(temperature), chunk)
+    return _ChunkedHead.apply(hidden, weight, tokens, float(temperature), chunk, statistic)
 
 
 # ------------------------------------------------------------------------------------------------ advantage and loss
@@ -88,7 +93,7 @@ def group_advantages(scores, groups, parents=None):
     """A = (s - mean) / (std + 1e-6) over each group of rollouts of one prompt, std with n - 1 (GRPO; DAPO eq. 9).
 
     scores (N,) float, groups (N,) any integers, parents (N,): of a branch the index of its base rollout among its
-    group's n1, else -1; not used here. Returns (N,) fp32."""
+    group's n1, else -1 (not used here). Returns (N,) fp32."""
     s = scores.double()
     _, g = torch.unique(groups, return_inverse=True)
     n = torch.bincount(g).double()  # (groups,)
@@ -143,6 +148,12 @@ def token_weights(counts, lengths, agg, n_tokens, n_sequences):
     return per_row.repeat_interleave(lengths)
 
 
+def sequence_sums(x, lengths):
+    """x (T,) summed over each response, at every token of it: (T,). lengths (n,): the responses'."""
+    row = torch.arange(len(lengths), device=x.device).repeat_interleave(lengths)
+    return x.new_zeros(len(lengths)).index_add(0, row, x)[row]
+
+
 # ------------------------------------------------------------------------------------------------------ entropy mask
 def n_kept(n, rho):
     """How many of n tokens the 80/20 mask keeps: max(1, ceil(rho n)). round() undoes 0.07 * 100 = 7.000000000000001."""
@@ -175,7 +186,12 @@ def mismatch(logp, engine_logp):
     return {"mean_abs": d.abs().mean().item(), "max_abs": d.abs().max().item(), "k3": (d.expm1() - d).mean().item()}
 
 
-def truncated_importance(old_logp, engine_logp, cap):
-    """Token-level truncated importance weight min(pi_train_old / pi_engine, cap), detached (TIS). All (T,). Multiplied
-    into a token's loss it corrects for an engine whose probabilities differ a little from the trainer's."""
-    return (old_logp - engine_logp).clamp(-20, 20).exp().clamp(max=cap).detach()
+def importance_weights(old_logp, engine_logp, lengths, mode, low, high):
+    """Weight w = pi_trainer_old / pi_engine of each token's loss, detached: it corrects for an engine whose
+    probabilities differ a little from the trainer's. lengths (n,) of the micro-batch's responses; all others (T,).
+
+    The modes have TRL's names. token: w of the token, sequence: of the whole response, a product. truncate: clamped to
+    low … high (token_truncate is TIS); mask: 0 outside of them (sequence_mask is MIS, token_mask is IcePop)."""
+    d = old_logp - engine_logp
+    w = (sequence_sums(d, lengths) if mode.startswith("sequence") else d).clamp(-20, 20).exp().detach()
+    return w.clamp(low, high) if mode.endswith("truncate") else w * ((w >= low) & (w <= high))

@@ -43,12 +43,21 @@ class Rollout:
     candidates: list = field(default_factory=list)  # a base rollout: the positions its t* was drawn from
     text: str = ""  # prefix + response, decoded: what the verifier read
     mask: np.ndarray = None  # (T,) bool, which tokens keep their loss in this minibatch; None: all
-    survey: dict = field(default_factory=dict)  # a method's own (T,) numbers of this minibatch (cure.survey_minibatch)
+    pass_rate: float = 0.0  # share of right ones in its group; while branches are chosen, in the group's base responses
+    logp: np.ndarray = None  # (T,) of the trainer before this minibatch's update, where a method asks for it
+    ref_logp: np.ndarray = None  # (T,) of the reference model, likewise
+    statistic: np.ndarray = None  # (T,) a method's own: method.position_statistic
+    survey: dict = field(default_factory=dict)  # a method's own (T,) numbers of this minibatch: method.survey_minibatch
 
 
 def token_column(rows, get, device="cpu"):
     """get(rollout) -> (T,) array, of all rows one after the other: a tensor on `device`, empty without rows."""
     return torch.from_numpy(np.concatenate([np.empty(0, np.float32), *(get(r) for r in rows)])).to(device)
+
+
+def response_lengths(rows, device="cpu"):
+    """Tokens of each rollout's response, int64 (n,)."""
+    return torch.tensor([len(r.response_ids) for r in rows], dtype=torch.long, device=device)
 
 
 # ------------------------------------------------------------------------------------ the critical token and the clause
@@ -120,6 +129,7 @@ def sample_round(cfg, engine, policy, task, step, draw_ids, ordinal, counts, clo
     ]
     with timed(clock, "reward"):  # before branching: a method may branch off wrong responses only
         counts.update(grade(cfg, task, base))
+        set_pass_rates(base)
 
     # Where did the model hesitate? Its entropies come from a forward of the trained model, which has the same weights:
     # that is exact, and free of an engine's top-k limit.  (CURE-5)
@@ -131,6 +141,7 @@ def sample_round(cfg, engine, policy, task, step, draw_ids, ordinal, counts, clo
     branches = sample_branches(cfg, engine, task, step, base, sampling, counts, clock) if cfg.n2 else []
     with timed(clock, "reward"):
         counts.update(grade(cfg, task, branches))
+        set_pass_rates(base + branches)
     return sorted(base + branches, key=lambda r: r.group)  # stable: a group's base rollouts come first, in order
 
 
@@ -180,6 +191,13 @@ def grade(cfg, task, rollouts):
         penalty = overlong_penalty(len(r.response_ids), cfg.max_response_tokens, cfg.overlong_buffer)
         r.text, r.reward, r.correct, r.answer = text, reward + penalty, correct, answer
     return counts
+
+
+def set_pass_rates(rollouts):
+    """Write into each rollout the share of right ones among those of its group that are at hand."""
+    total, right = Counter(r.group for r in rollouts), Counter(r.group for r in rollouts if r.correct)
+    for r in rollouts:
+        r.pass_rate = right[r.group] / total[r.group]
 
 
 # ----------------------------------------------------------------------------------------------------- dynamic sampling
@@ -254,33 +272,3 @@ def brief(group):
               float("nan") if r.t_star is None else r.t_star / len(group[r.parent].response_ids))
         for r in group
     ]  # fmt: skip
-
-
-def sampling_metrics(cfg, sampled):
-    """The log's view of all rollouts that a step sampled, whether kept or not."""
-    rows = sampled.briefs
-    correct, branch = np.array([b.correct for b in rows], float), np.array([b.parent >= 0 for b in rows])
-    m = {
-        "train/accuracy": correct.mean(),
-        "train/kept_groups": min(sampled.mixed, cfg.prompts_per_step),
-        "train/mixed_groups": sampled.mixed,
-        "train/sampled_groups": sampled.prompts,
-        "train/rounds": sampled.rounds,
-        "critic/score/mean": np.mean([b.reward for b in rows]),
-        "response_length/mean": np.mean([b.length for b in rows]),
-        "response_length/max": float(max(b.length for b in rows)),
-        "response_length/clip_ratio": np.mean([b.cut for b in rows]),
-        **{k: v for k, v in sampled.counts.items() if k.startswith("reward/")},
-    }
-    forks = [b for b in rows if b.parent >= 0]
-    if forks:
-        m["branch/depth_sampled"] = np.mean([b.t_star or 0 for b in forks])
-        m["branch/fallback_share_sampled"] = np.mean([b.t_star is None for b in forks])
-        m["branch/over_budget_share_sampled"] = sampled.counts["over_budget"] / max(1, sampled.counts["candidates"])
-        m["branch/accuracy_base_sampled"] = correct[~branch].mean()
-        m["branch/accuracy_branch_sampled"] = correct[branch].mean()
-        m["branch/flip_rate_sampled"] = np.mean([b.flipped for b in forks])
-        if h := [b.h_star for b in forks if b.t_star is not None]:
-            m["branch/entropy_at_t_star_sampled"] = np.mean(h)
-            m["branch/depth_share_sampled"] = np.nanmean([b.depth for b in forks])
-    return {k: float(v) if isinstance(v, np.floating) else v for k, v in m.items()}

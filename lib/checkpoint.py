@@ -146,6 +146,7 @@ def refuse_changes(run, folder):
     changes = {}  # (key, old, new) -> stages
     for name, cfg in run.stages:
         old = {**vars(Config()), "packing": "flat", **saved[name]}  # what runs had before there were brooms
+        old["method"] = old["method"] or []  # it was a text
         for key, value in vars(cfg).items():
             if key not in keys(FREE) and old[key] != value:
                 changes.setdefault((key, repr(old[key]), repr(value)), []).append(name)

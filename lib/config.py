@@ -24,6 +24,7 @@ from reward import VERIFIERS
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RUN, FREE = "run", "free"  # of the whole run, not of a stage · says how long or where, so a resumed run may change it
+IMPORTANCE = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 LIMITS = {
     "> 0": ("must be positive", lambda x: 0 < x < math.inf),
     ">= 0": ("must be finite and not negative", lambda x: 0 <= x < math.inf),
@@ -58,8 +59,8 @@ class Config:
     title("the stage")
     kind: str = key("rl", "sft: a cold start on the data's solutions", ("rl", "sft"))
     steps: int = key(300, "training steps of the stage; a stage of 0 steps is left out", ">= 0")
-    method: str = key("", "a file of methods/, or a path to one like it, whose functions replace the defaults")
-    method_args: dict[str, Any] = key({}, "settings of that file: method_args.NAME=VALUE")
+    method: list[str] = key([], "files of methods/, or paths to ones like them, whose functions replace the defaults")
+    method_args: dict[str, Any] = key({}, "settings of these files: method_args.NAME=VALUE")
     title("sampling and branching (CURE)")
     n1: int = key(4, "base responses a prompt", "> 0")
     n2: int = key(3, "branches a base response; 0: no branching, DAPO with groups of n1", ">= 0")
@@ -82,7 +83,7 @@ class Config:
     clip_low: float = key(0.2, "the ratio is clipped below 1 - clip_low", ">= 0")
     clip_high: float = key(0.28, "and above 1 + clip_high: DAPO's clip-higher", ">= 0")
     agg: str = key("token", "how token losses become one number (loss.token_weights)", ("token", "sequence", "micro"))
-    tis_cap: float = key(0.0, "truncated importance weight trainer/engine, e.g. 2.0; 0 = off", ">= 0")
+    importance: list[Any] = key([], "[mode, low, high] of weights trainer/engine (loss.importance_weights); [] = off")
     entropy_mask_rho: float = key(1.0, "80/20: loss on this share of the tokens; 1 = all", "(0, 1]")
     entropy_mask_side: str = key("top", "which entropies keep their loss", ("top", "bottom", "random"))
     entropy_mask_scope: str = key("mini", "exact-k of what; micro: the official code", ("mini", "micro"))
@@ -199,6 +200,9 @@ def merge_stages(path, overrides):
     out = []
     for name, entry in stages.items():
         parts = [file, entry or {}, cli, cli_stages.get(name, {})]
+        for part in parts:  # method=NAME is short for method=[NAME]
+            if isinstance(part.get("method"), str):
+                part["method"] = [part["method"]] if part["method"] else []
         cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), *parts))
         cfg.name = name
         cfg.out_dir = cfg.out_dir or "runs/" + (os.path.splitext(os.path.basename(path))[0] if path else "run")
@@ -221,6 +225,12 @@ def unknown_key(name, known):
     """The message about a key that does not exist."""
     near = difflib.get_close_matches(name.split(".")[-1], [k.split(".")[-1] for k in known], 1)
     return f"{name}: no such key" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def is_importance(mode, low=None, high=None, *rest):
+    """Whether these are what the setting `importance` takes."""
+    numbers = all(type(x) in (int, float) for x in (low, high))
+    return mode in IMPORTANCE and numbers and 0 <= low < high and not rest
 
 
 def check(cfg):
@@ -247,6 +257,8 @@ def check(cfg):
         (cfg.compile and cfg.packing == "broom",
          "packing: brooms have too many shapes to compile: with compile=true set packing=flat"),
         (len(cfg.betas) != 2, f"betas: AdamW takes two numbers, got {cfg.betas}"),
+        (cfg.importance and not is_importance(*cfg.importance),
+         f"importance: is [mode, low, high], mode one of {', '.join(IMPORTANCE)}, got {cfg.importance}"),
         (cfg.method_args and not cfg.method, "method_args: are of a method, and method is empty"),
     ):  # fmt: skip
         if wrong:

@@ -7,7 +7,10 @@ Symbols: a *step* is "3*7=21", a *trace* is steps joined by ";", a *pool* is the
 
 import functools
 import itertools
+import json
+import random
 import re
+import sys
 from collections import Counter
 from fractions import Fraction
 
@@ -187,6 +190,21 @@ def countdown_problem(rng, n=N, top=TOP, limit=LIMIT):
     return numbers, *random_walk(rng, numbers, limit)
 
 
+def worked_row(rng, n=3, top=12, limit=99):
+    """A problem in TinyZero's columns and a solution for sft in its form, one line a step: what
+    `python -m lib.countdown COUNT` writes. No step's number is over limit."""
+    numbers, trace, target = countdown_problem(rng, n, top, limit)
+    made, lines = [(str(x), str(x)) for x in numbers], []  # number, the expression that it came from
+    for step in trace.strip().split(";"):
+        a, op, b, value = STEP.fullmatch(step).groups()
+        (_, left), (_, right) = (made.pop(next(i for i, m in enumerate(made) if m[0] == x)) for x in (a, b))
+        lines.append(f"{a} {op} {b} = {value}\n")
+        made.append((value, f"({left} {op} {right})"))
+    answer = made[0][1][1:-1]  # without its outer brackets
+    return {"nums": numbers, "target": target,
+            "solution": f"<think>\n{''.join(lines)}</think>\n<answer> {answer} </answer>"}  # fmt: skip
+
+
 @functools.cache
 def walk_ends(pool, limit=LIMIT):
     """{end: probability} of a uniform walk over legal moves from a pool, largest number first."""
@@ -216,3 +234,13 @@ def difficulty(problems, limit=LIMIT, ks=(1, 16, 64)):
     rates = {"uniform walk": [walk_ends(p, limit).get(t, 0.0) for p, t in pools],
              "perfect last step": [walk_sees(p, t, limit) for p, t in pools]}  # fmt: skip
     return {name: [sum(1 - (1 - p) ** k for p in ps) / len(ps) for k in ks] for name, ps in rates.items()}
+
+
+if __name__ == "__main__":  # for a real model: so many different problems of three numbers, a line each
+    rng, seen = random.Random(0), set()
+    while len(seen) < int(sys.argv[1]):
+        row = worked_row(rng)
+        key = (*sorted(row["nums"]), row["target"])
+        if key not in seen:
+            print(json.dumps(row))
+        seen.add(key)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from lib.memory import engine_share, this_gpu
+from lib.memory import engine_share, frozen_memory, this_gpu
 from lib.policy import compute_dtype
 from lib.weights import load_hf_config, load_lm
 
@@ -326,8 +326,9 @@ class VLLMEngine:
         ]
 
 
-def make_engine(run, path, stop_ids, trainer=True):
-    """The rollout engine all stages share: one a rank, on CUDA with the memory that the trainer, if any, leaves."""
+def make_engine(run, path, stop_ids, trainer=True, reference=False):
+    """The rollout engine all stages share: one a rank, on CUDA with the memory that the trainer, if any, and the
+    reference model, if any, leave."""
     cfg = run.stages[0][1]
     kind = cfg.engine
     if kind == "auto":
@@ -341,6 +342,8 @@ def make_engine(run, path, stop_ids, trainer=True):
         share = cfg.gpu_memory_utilization or 0.9  # vLLM's own default
     elif run.device.type == "cuda":
         widest = max((c for _, c in run.stages), key=lambda c: c.max_prompt_tokens + c.max_response_tokens)
-        share, report = engine_share(widest, load_hf_config(path), run.world, this_gpu())
+        config = load_hf_config(path)
+        frozen = frozen_memory(config, run.world) if reference else 0
+        share, report = engine_share(widest, config, run.world, this_gpu(), frozen)
         run.print(report)
     return VLLMEngine(cfg, path, run.device, dtype, stop_ids, longest, share)

@@ -120,6 +120,11 @@ def trainer_memory(cfg, config, world, frozen=0):
     return peaks
 
 
+def frozen_memory(config, world):
+    """Bytes a GPU holds of a reference model, bf16 and sharded."""
+    return 2 * model_sizes(config).params / world
+
+
 def engine_overhead(config, gpu):
     """Bytes that vLLM takes of its share beside weights and KV cache -> (activations and sampling, CUDA graphs). The
     graphs stay on the GPU while the engine sleeps.

@@ -1,7 +1,9 @@
 """A method is a file: methods/NAME.py, or a file of your own, whose functions replace defaults of the same name.
 
 The defaults are given by who loads (cure.HOOKS). A function of the file takes the default's arguments, in its order,
-and may have settings of its own: keyword-only arguments with defaults, set by `method_args.NAME=VALUE`.
+and keyword-only ones. One with a default is a setting of the method's own, set by `method_args.NAME=VALUE`. One without
+is a key of the config and has its value. check(…), of such arguments alone, raises a ValueError for what cannot work.
+REFERENCE = True asks for the model that the run began with: rollouts carry its log-probs, ref_logp.
 """
 
 import importlib.util
@@ -11,12 +13,39 @@ from functools import partial
 from glob import glob
 from types import SimpleNamespace
 
-from lib.config import HERE, unknown_key
+from lib.config import HERE, SETTINGS, unknown_key
 
 
-def method_file(method):
+# --------------------------------------------------------------------------------------------- hooks without a default
+def position_statistic(logp, entropy, tokens):
+    """A number of each position's whole distribution, which the method finds in r.statistic (T,).
+
+    logp (C, V), entropy (C,), fp32, nats, tokens (C,) the sampled ones: a chunk of positions under the policy before
+    the step's first update. Returns (C,). It is taken where the old log-probs are, so it costs no pass."""
+
+
+def survey_minibatch(rows, logp, old_logp, advantage, generator, clip_low, clip_high):
+    """Numbers of each token that depend on the whole minibatch. The loss finds its part in r.survey[name].
+
+    rows: the minibatch's rollouts over all ranks; logp, old_logp, advantage (N,) of all their tokens, logp under the
+    present policy; generator: seeded. Returns {name: (N,)}. It costs a log-prob pass."""
+
+
+def step_settings(state, progress, rows):
+    """The method's settings of this step {name: value}, where they change while training.
+
+    Called before the step's first update. state: a dict of the method's own for the stage, kept in checkpoints.
+    progress: steps of the stage that are done, as a share, 0 … < 1. rows: the rollouts to train on, scored."""
+
+
+SETTING_NAMES = {f.name for f in SETTINGS}
+OPTIONAL = {f.__name__: f for f in (position_statistic, survey_minibatch, step_settings)}
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+def method_file(name):
     """The path of a method's file, given its name or a path; ValueError lists the methods there are."""
-    path = method if method.endswith(".py") else f"{HERE}/methods/{method}.py"
+    path = name if name.endswith(".py") else f"{HERE}/methods/{name}.py"
     if not os.path.isfile(path):
         there = sorted(os.path.basename(f)[:-3] for f in glob(f"{HERE}/methods/[a-z]*.py"))
         raise ValueError(f"method: no file {path.removeprefix(HERE + '/')}; there are {', '.join(there)}, "
@@ -25,42 +54,62 @@ def method_file(method):
 
 
 def load_method(cfg, hooks):
-    """The functions that a stage uses: SimpleNamespace of one function for each of `hooks`, {name: default}.
+    """The functions that a stage uses: SimpleNamespace of one function for each of `hooks`, {name: default}, and for
+    each of OPTIONAL, None where no file has it. reference: whether a file asks for the reference model.
 
-    A default may be None: a function that no method needs to have. ValueError, naming file and function: no hook in the
-    file, another signature, a setting that is unknown or of another type."""
-    if not cfg.method:
-        return SimpleNamespace(**hooks)
-    path = method_file(cfg.method)
+    Files of cfg.method are taken together. ValueError, naming file and function: no hook in a file, two files with one
+    hook, another signature, a setting that is unknown, of another type or in two files."""
+    known, own, checks, reference, hooks = {}, {}, [], False, hooks | OPTIONAL
+    for path in map(method_file, cfg.method):
+        module, settings = load_file(path), {}
+        found = {name: vars(module)[name] for name in hooks if name in vars(module)}
+        if not found:
+            raise ValueError(f"method: {path} has none of the functions {', '.join(hooks)}")
+        for name, function in found.items():
+            if name in own:
+                raise ValueError(f"method: {own[name].__code__.co_filename} and {path} both have {name}: take one")
+            settings |= settings_of(path, function, hooks[name])
+        if twice := settings.keys() & known.keys():
+            raise ValueError(f"method_args.{min(twice)}: two of the files {', '.join(cfg.method)} have it: take one")
+        own, known = own | found, known | settings
+        checks += [module.check] if hasattr(module, "check") else []
+        reference |= getattr(module, "REFERENCE", False)
+    names = ", ".join(cfg.method)
+    if "survey_minibatch" in own and cfg.entropy_mask_rho < 1:
+        raise ValueError(f"method: {names} and entropy_mask_rho {cfg.entropy_mask_rho} both choose tokens: take one")
+    if "token_mask" in own and cfg.entropy_mask_scope == "micro":
+        raise ValueError(f"entropy_mask_scope: micro counts tokens of the 80/20 mask, {names} has a mask of its own")
+    args = {name: p.default for name, p in known.items()}
+    args |= {name: typed(name, value, known) for name, value in cfg.method_args.items()}
+    for check in checks:
+        given(check, args, cfg)()
+    own = {name: given(function, args, cfg) for name, function in own.items()}
+    return SimpleNamespace(**hooks | dict.fromkeys(OPTIONAL) | own, reference=reference)
+
+
+def given(function, args, cfg):
+    """A method's function with its keyword-only arguments: settings of its own from `args`, the others from cfg."""
+    wanted = inspect.signature(function).parameters.values()
+    if function.__name__ != "check":
+        wanted = [p for p in wanted if p.kind is p.KEYWORD_ONLY]
+    return partial(function, **{p.name: args[p.name] if p.name in args else getattr(cfg, p.name) for p in wanted})
+
+
+def load_file(path):
+    """The module of a method's file. ValueError: Python cannot load it."""
     spec = importlib.util.spec_from_file_location(f"method_{os.path.basename(path)[:-3]}", path)
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except (SyntaxError, ImportError) as e:
         raise ValueError(f"method: {path} cannot be loaded: {e}") from e
-    own = {name: vars(module)[name] for name in hooks if name in vars(module)}
-    if not own:
-        raise ValueError(f"method: {path} has none of the functions {', '.join(hooks)}")
-    if "survey_minibatch" in own and cfg.entropy_mask_rho < 1:
-        raise ValueError(f"method: {path} and entropy_mask_rho {cfg.entropy_mask_rho} both choose tokens: take one")
-    if "token_mask" in own and cfg.entropy_mask_scope == "micro":
-        raise ValueError(f"entropy_mask_scope: micro counts the tokens of the 80/20 mask, {path} has a mask of its own")
-    known = {}
-    for name, function in own.items():
-        known |= settings_of(path, function, hooks[name])
-    args = {name: typed(name, value, known) for name, value in cfg.method_args.items()}
-    if hasattr(module, "check"):
-        module.check(**{k: p.default for k, p in known.items()} | args)
-    for name, function in own.items():
-        mine = inspect.signature(function).parameters
-        own[name] = partial(function, **{k: v for k, v in args.items() if k in mine})
-    return SimpleNamespace(**hooks | own)
+    return module
 
 
 def settings_of(path, function, default):
     """{name: inspect.Parameter} of a function's own settings, its other arguments compared with the default's."""
     where, parameters = f"method: {path}: {function.__name__}", inspect.signature(function).parameters.values()
-    own = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+    own = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in SETTING_NAMES}
     taken = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
     wanted = [p.name for p in inspect.signature(default).parameters.values() if p.kind is not p.KEYWORD_ONLY]
     if taken != wanted:
@@ -81,3 +130,20 @@ def typed(name, value, known):
     if type(value) is not kind or value != value:
         raise ValueError(f"method_args.{name}: must be of type {kind.__name__}, got {value!r}")
     return value
+
+
+def for_step(method, state, cfg, rows):
+    """A stage's functions with the settings of this step -> (SimpleNamespace like `method`, {"method/NAME": value}).
+
+    state: the run's. AssertionError: step_settings gives a setting that no function of the method has."""
+    if not method.step_settings:
+        return method, {}
+    own = state.setdefault("method", {}).setdefault(cfg.name, {})
+    values = method.step_settings(own, (state["stage_step"] - 1) / cfg.steps, rows)
+    functions, used = dict(vars(method)), set()
+    for name, function in functions.items():
+        takes = values.keys() & inspect.signature(function).parameters.keys() if isinstance(function, partial) else ()
+        functions[name] = partial(function, **{k: values[k] for k in takes}) if takes else function
+        used.update(takes)
+    assert used == values.keys(), f"step_settings gives {values}, the method's functions take {used}"
+    return SimpleNamespace(**functions), {f"method/{k}": v for k, v in values.items()}

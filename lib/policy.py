@@ -172,13 +172,13 @@ class PackedLM(torch.nn.Module):
         self.lm, self.chunk = lm, chunk
 
     def forward(self, input_ids, position_ids, cu_seqlens, max_len, cu_keys, max_keys, seen, index, targets,
-                temperature):  # fmt: skip
+                temperature, statistic=None):  # fmt: skip
         hidden = self.lm.base_model(
             input_ids=input_ids, position_ids=position_ids, use_cache=False, cu_seq_lens_q=cu_seqlens,
             max_length_q=max_len, cu_seq_lens_k=cu_keys, max_length_k=max_keys, seen=seen,
         ).last_hidden_state[0]  # (T, D)
         head = self.lm.get_output_embeddings().weight  # (V, D)
-        return logp_and_entropy(hidden[index], head, targets, temperature, self.chunk)  # (R,), (R,)
+        return logp_and_entropy(hidden[index], head, targets, temperature, self.chunk, statistic)  # (R,) each
 
 
 class Policy:
@@ -186,14 +186,16 @@ class Policy:
     `dtype` (fp32 on CPU, bf16 on CUDA), gradients reduced in fp32. Whatever runs the model or gathers weights is a
     collective (forward, score, update, named_full, save_hf): every rank calls it, in the same order."""
 
-    def __init__(self, cfg, path, device):
-        lm, weights = open_lm(path, torch.float32, "packed")
-        if device.type == "cuda" and compute_dtype(cfg, device) == torch.float32:
+    def __init__(self, cfg, path, device, frozen=False):
+        """frozen: only to score with, in the compute dtype, without an optimizer."""
+        self.dtype = compute_dtype(cfg, device)
+        lm, weights = open_lm(path, self.dtype if frozen else torch.float32, "packed")
+        lm.requires_grad_(not frozen)
+        if device.type == "cuda" and self.dtype == torch.float32:
             raise ValueError("dtype: the packed attention kernel on CUDA is for bfloat16: leave dtype at auto")
         self.device, self.cfg = device, cfg
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.config, self.n_params = lm.config, sum(p.numel() for p in lm.parameters())
-        self.dtype = compute_dtype(cfg, device)
         if cfg.activation_checkpointing:
             lm.gradient_checkpointing_enable({"use_reentrant": False})
             lm.train()  # transformers checkpoints in train mode only; the models used here have dropout 0
@@ -214,7 +216,8 @@ class Policy:
             if isinstance(m, FSDPModule):  # our losses are sums over all ranks already: add gradients, do not average
                 m.set_force_sum_reduction_for_comms(True)
                 m.set_gradient_divide_factor(1.0)
-        self.new_optimizer(cfg)
+        if not frozen:
+            self.new_optimizer(cfg)
 
     def new_optimizer(self, cfg):
         """A fresh AdamW, weight decay on all parameters (the reference's setting). It has its moments from the start:
@@ -227,24 +230,25 @@ class Policy:
             moments = {k: torch.zeros_like(p.detach()) for k in MOMENTS}
             self.opt.state[p] = {"step": torch.zeros((), device=self.device), **moments}
 
-    def forward(self, rollouts, temperature):
-        """(logp (R,), entropy (R,)) fp32 of the response tokens of one micro-batch, rollout after rollout."""
+    def forward(self, rollouts, temperature, statistic=None):
+        """(logp (R,), entropy (R,)) fp32 of the response tokens of one micro-batch, rollout after rollout. With a
+        method's position_statistic also that (R,)."""
         packed = pack(rollouts, self.device, self.bucket, self.cfg.packing == "broom")
-        return self.model(**packed, temperature=temperature)
+        return self.model(**packed, temperature=temperature, statistic=statistic)
 
     @torch.no_grad()
-    def score(self, micro_batches, temperature):
+    def score(self, micro_batches, temperature, statistic=None):
         """Log-probs and entropies of this rank's micro-batches (lists of rollouts): -> [(logp, entropy)] per rollout
-        in order, numpy fp32 (T,). Ranks may bring different numbers of micro-batches, none included: the rest are
-        dummies."""
+        in order, numpy fp32 (T,), and the statistic as a third where there is one. Ranks may bring different numbers of
+        micro-batches, none included: the rest are dummies."""
         count = torch.tensor(len(micro_batches), device=self.device)
         dist.all_reduce(count, op=dist.ReduceOp.MAX)
         out = []
         for i in range(int(count)):
             mb = micro_batches[i] if i < len(micro_batches) else []
-            both = torch.stack(self.forward(mb, temperature)).cpu().numpy()  # (2, R)
+            found = torch.stack(self.forward(mb, temperature, statistic)).cpu().numpy()  # (2 or 3, R)
             cuts = np.cumsum([len(r.response_ids) for r in mb])
-            out += [(x[0], x[1]) for x in np.split(both, cuts, axis=1)[:-1]]
+            out += [tuple(x) for x in np.split(found, cuts, axis=1)[:-1]]
         self.model.reshard()  # FSDP2 leaves the root gathered after a forward without backward
         return out
 

@@ -39,9 +39,9 @@ class Run:
             "stage": stages[0][0], "stage_step": 0, "stage_done": False, "step": 0, "opt_step": 0, "adam_step": 0,
             "generated": 0, "gaps": [], "skipped_in_a_row": 0, "cursor": [0, 0], "files": {},
         }  # fmt: skip
-        self.out, self.stop, self.engine, self.policy = stages[0][1].out_dir, False, None, None
+        self.out, self.stop, self.engine, self.policy, self.reference = stages[0][1].out_dir, False, None, None, None
         self.pending = {}  # timing_s/save of a checkpoint, for the next line of the log
-        self.code = code_hashes(*{method_file(cfg.method) for _, cfg in stages if cfg.method})
+        self.code = code_hashes(*{method_file(m) for _, cfg in stages for m in cfg.method})
 
     def print(self, text):
         if self.rank == 0:
@@ -119,6 +119,44 @@ def sample_row(r, cfg, step, prompt, tokens):
 
 
 # --------------------------------------------------------------------------------------------------------- what it says
+def sampling_metrics(cfg, sampled):
+    """The log's view of all rollouts that a step sampled, whether kept or not."""
+    rows = sampled.briefs
+    correct, branch = np.array([b.correct for b in rows], float), np.array([b.parent >= 0 for b in rows])
+    m = {
+        "train/accuracy": correct.mean(),
+        "train/kept_groups": min(sampled.mixed, cfg.prompts_per_step),
+        "train/mixed_groups": sampled.mixed,
+        "train/sampled_groups": sampled.prompts,
+        "train/rounds": sampled.rounds,
+        "critic/score/mean": np.mean([b.reward for b in rows]),
+        "response_length/mean": np.mean([b.length for b in rows]),
+        "response_length/max": float(max(b.length for b in rows)),
+        "response_length/clip_ratio": np.mean([b.cut for b in rows]),
+        **{k: v for k, v in sampled.counts.items() if k.startswith("reward/")},
+    }
+    forks = [b for b in rows if b.parent >= 0]
+    if forks:
+        m["branch/depth_sampled"] = np.mean([b.t_star or 0 for b in forks])
+        m["branch/fallback_share_sampled"] = np.mean([b.t_star is None for b in forks])
+        m["branch/over_budget_share_sampled"] = sampled.counts["over_budget"] / max(1, sampled.counts["candidates"])
+        m["branch/accuracy_base_sampled"] = correct[~branch].mean()
+        m["branch/accuracy_branch_sampled"] = correct[branch].mean()
+        m["branch/flip_rate_sampled"] = np.mean([b.flipped for b in forks])
+        if h := [b.h_star for b in forks if b.t_star is not None]:
+            m["branch/entropy_at_t_star_sampled"] = np.mean(h)
+            m["branch/depth_share_sampled"] = np.nanmean([b.depth for b in forks])
+    return {k: float(v) if isinstance(v, np.floating) else v for k, v in m.items()}
+
+
+def entropy_metrics(rollouts):
+    """Token means of the entropy over base, branch and all rollouts at hand: of kept groups, where any was kept."""
+    base, branch = ([r.entropy for r in rollouts if (r.parent >= 0) == side] for side in (False, True))
+    parts = {"base": base, "branch": branch, "all": branch and base + branch}
+    m = {f"entropy/{k}_kept": float(np.concatenate(h).mean()) for k, h in parts.items() if h}
+    return m | {"actor/entropy": m["entropy/base_kept"]}  # verl's name
+
+
 def performance(run, minibatches, tokens, clock):
     """timing_s/* and perf/* of a step. minibatches: those trained on; tokens: generated, over all ranks; clock:
     timing_s/*."""
@@ -189,13 +227,16 @@ def warn(run, cfg, m):
 
 
 # ---------------------------------------------------------------------------------------------------------------- start
-def prepare_run(stages, train=True, trainer=True, files=True):
+def prepare_run(stages, train=True, trainer=True, files=True, reference=False):
     """Process group, toy, tokenizer, data, engine, policy -> Run. ValueError names the key. A collective.
 
     An evaluation has train=False, no training data and files of its own, and trainer=False, no Policy, unless it asks
     for entropies. files=False: nothing is resumed and nothing written."""
     run = Run(stages, *init_distributed(), files)
     first = stages[0][1]
+    if reference and first.kind == "sft":
+        raise ValueError("method: the reference is the model that a run begins with, here before its sft: make sft a "
+                         "run of its own, then model=RUN/ckpt/STEP/hf")  # fmt: skip
     for name in sorted(toy.BEDS.keys() & {v for _, c in stages for v in (c.model, c.data, c.eval_data)}):
         toy.make_toy_base(run, toy.BEDS[name].folder, name)
     for _, c in stages:
@@ -217,8 +258,9 @@ def prepare_run(stages, train=True, trainer=True, files=True):
     load_tasks(run, stages, train)
     run.regions = bed.regions if (bed := toy.bed_of(first.eval_data)) else None
     fit_context(run, stages, train)
-    run.engine = make_engine(run, path, stop_ids, trainer)
+    run.engine = make_engine(run, path, stop_ids, trainer, reference)
     run.policy = Policy(first, path, run.device) if trainer else None
+    run.reference = Policy(first, path, run.device, frozen=True) if reference else None
     shown = (run.tasks or run.heldout)[stages[0][0]].prompts[0].text
     stops = {i: run.tokenizer.convert_ids_to_tokens(i) for i in sorted(stop_ids)}
     run.print(f"first prompt: {shown!r}; stop ids {stops}")

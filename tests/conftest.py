@@ -103,6 +103,13 @@ def loss_of(policy, cfg, mini, sums=None, k=0, rank=0, world=1):
     return cure.minibatch_loss(run, cfg, load_method(cfg, cure.HOOKS), mini, k, Counter() if sums is None else sums)
 
 
+def first_line(config, out, *overrides):
+    """The first line of metrics of a run of one step and one minibatch."""
+    import cure
+    cure.main(["--config", config, f"out_dir={out}", "max_steps=1", "eval_data=", "prompts_per_minibatch=4", *overrides])
+    return train_lines(out)[0]
+
+
 def largest(*numbers):
     """max() of numbers, or of one iterable of them, that does not lose a NaN: max(0.0, nan) is 0.0, and a test would pass."""
     return float(np.max([float(x) for x in (numbers if len(numbers) > 1 else numbers[0])]))

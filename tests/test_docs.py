@@ -14,6 +14,7 @@ from conftest import ROOT, lines, numbers, train_lines
 import cure
 from lib.config import SETTINGS, load_config
 from tools import walkthrough
+from tools.methods import METHODS as SMOKE
 
 pytestmark = pytest.mark.docs
 README = (ROOT / "README.md").read_text()
@@ -97,7 +98,7 @@ def test_every_metric_of_a_run_is_in_the_glossary_and_every_one_of_the_glossary_
     for key in known:
         last = key.split("/", 1)[-1].removesuffix("@k").removesuffix("_kept")
         assert re.search(rf"[\"'/{{]{last}\b", code) or last.removeprefix("entropy_") in code, key
-    assert known - logged <= {"train/empty_steps", "actor/tis_weight", "actor/cov", "actor/cov_share", "perf/mfu",
+    assert known - logged <= {"train/empty_steps", "actor/is_weight", "actor/ref_kl", "actor/balance", "actor/saved", "method/coef", "method/p", "actor/cov", "actor/cov_share", "perf/mfu",
                               "timing_s/save", "eval/entropy_operands", "eval/entropy_results"}  # fmt: skip
 
 
@@ -176,11 +177,18 @@ BASES = {"toy": ["n1=2", "n2=3"], "toy-dapo": ["n1=8", "n2=0"]}  # the same meth
 
 def test_the_readme_lists_the_methods():
     assert list(METHODS) == ["CURE", "CURE, random critical tokens", "CURE, clause=last", "resample control", "DAPO", "GRPO",
-                             "80/20", "bottom 80 %", "random 20 %", "entropy bonus", "Clip-Cov", "KL-Cov"]  # fmt: skip
+                             "80/20", "bottom 80 %", "random 20 %", "a published method", "several at once"]  # fmt: skip
     assert [name for name, (_, over) in METHODS.items() if not over] == ["CURE", "DAPO"]
     for name, (base, over) in METHODS.items():            # its two stages differ as the table says, the others are one stage
         stages = load_config(["--config", str(ROOT / f"configs/{base}.yaml"), *over])
         assert [(c.n1, c.n2) for _, c in stages] == ([(4, 3), (16, 0)] if base == "toy" else [(16, 0)]), name
+
+
+def test_every_method_has_a_row_of_the_page_and_a_line_of_the_smoke_table():
+    files = {p.stem for p in (ROOT / "methods").glob("[a-z]*.py")}
+    listed = re.findall(r"^\| `(\w+)` \|", DOCS["methods"], re.M)
+    assert sorted(listed) == sorted(files), "each once"
+    assert files <= {m.removeprefix("method=") for own in SMOKE.values() for m in own} | {"surprisal"}
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, largest, lines, numbers, train_lines
+from conftest import ROOT, first_line, largest, lines, numbers, train_lines
 from safetensors.torch import load_file
 from vllm_ranks import spoilt
 
@@ -202,11 +202,6 @@ def test_ranks_without_prompts_join_in(config, run, tmp_path):
     assert [m["train/sampled_groups"] for m in train_lines(tmp_path)] == [3] * 4
 
 
-def first_line(config, out, *overrides):
-    cure.main(["--config", config, f"out_dir={out}", "max_steps=1", "eval_data=", "prompts_per_minibatch=4", *overrides])
-    return train_lines(out)[0]
-
-
 def test_entropy_mask_identities(config, tmp_path):
     plain = first_line(config, tmp_path / "plain")
     one = first_line(config, tmp_path / "one", "entropy_mask_rho=1.0", "entropy_mask_norm=all")
@@ -223,14 +218,14 @@ def test_entropy_mask_identities(config, tmp_path):
 
 @pytest.mark.parametrize(
     "overrides",
-    [("packing=flat",), ("tis_cap=2.0",), ("agg=micro",), ("entropy_mask_rho=0.2", "entropy_mask_scope=micro"),
+    [("packing=flat",), ("importance=[token_truncate,0,2]",), ("importance=[sequence_mask,0.5,2]",), ("agg=micro",), ("entropy_mask_rho=0.2", "entropy_mask_scope=micro"),
      ("overlong_buffer=4",), ("activation_checkpointing=true",), ("reward_scope=continuation",)],
 )  # fmt: skip
 def test_every_setting_of_the_loop_takes_a_step(config, tmp_path, overrides):
     """Those that are no method of the README's table: test_docs.py runs these."""
     m = first_line(config, tmp_path, *overrides)
     assert m["actor/grad_norm"] > 0 and m["opt_step"] == 1
-    if overrides[0] in ("packing=flat", "tis_cap=2.0", "activation_checkpointing=true"):
+    if overrides[0] in ("packing=flat", "importance=[token_truncate,0,2]", "importance=[sequence_mask,0.5,2]", "activation_checkpointing=true"):
         plain = first_line(config, tmp_path / "plain")
         assert m["actor/grad_norm"] == pytest.approx(plain["actor/grad_norm"], rel=1e-4), "same mathematics, other arithmetic"
 
@@ -397,15 +392,18 @@ BAD_CONFIG = {
     ("keep_ckpts=0",): "keep_ckpts: must be positive",
     ("eval_temperature=0",): "eval_n: greedy",
     ("entropy_mask_side=bottom",): "entropy_mask_side: bottom masks nothing at entropy_mask_rho 1",
+    ("importance=[tis,0,2]",): "importance: is [mode, low, high], mode one of token_truncate",
+    ("importance=[token_mask,2,1]",): "importance: is [mode, low, high]",
+    ("importance=token_mask",): "importance: ",
 }
 BAD_METHOD = {
-    ("method=clip_cof",): "method: no file methods/clip_cof.py; there are clip_cov, entropy_bonus, kl_cov",
+    ("method=clip_cof",): "method: no file methods/clip_cof.py; there are adaptive_entropy, cispo, clip_cov, dr_grpo",
     ("method={tmp}/nothing.py",): "method: no file {tmp}/nothing.py",
     ("method={tmp}/no_hook.py",): "method: {tmp}/no_hook.py has none of the functions critical_tokens, group_advantages, policy_loss",
     ("method={tmp}/other_signature.py",): "method: {tmp}/other_signature.py: group_advantages should take (scores, groups, parents)",
     ("method={tmp}/bare_setting.py",): "method: {tmp}/bare_setting.py: group_advantages: its setting power needs a default",
     ("method={tmp}/broken.py",): "method: {tmp}/broken.py cannot be loaded: ",
-    ("method=clip_cov", "entropy_mask_rho=0.2"): "method: {root}/methods/clip_cov.py and entropy_mask_rho 0.2 both choose tokens",
+    ("method=clip_cov", "entropy_mask_rho=0.2"): "method: clip_cov and entropy_mask_rho 0.2 both choose tokens",
     ("method=clip_cov", "method_args.cov_shre=1"): "method_args.cov_shre: no such key; did you mean cov_share?",
     ("method=clip_cov", "method_args.cov_share=many"): "method_args.cov_share: must be of type float, got 'many'",
     ("method=clip_cov", "method_args.cov_low=5"): "method_args.cov_low: 5.0 leaves nothing below cov_high 5.0",
@@ -505,7 +503,7 @@ def test_the_7b_config_is_the_table_of_the_reference():
         "lr": (1e-6, 1e-6), "betas": ([0.9, 0.999],) * 2, "weight_decay": (0.1, 0.1),
         "warmup": (10, 10), "overlong_buffer": (512, 512),
         "temperature": (1, 1), "max_rounds": (20, 20), "steps": (300, two.steps),
-        "model": ("Qwen/Qwen2.5-Math-7B",) * 2, "agg": ("token", "token"), "entropy_mask_rho": (1, 1), "tis_cap": (0, 0),
+        "model": ("Qwen/Qwen2.5-Math-7B",) * 2, "agg": ("token", "token"), "entropy_mask_rho": (1, 1), "importance": ([], []),
     }  # fmt: skip
     assert {k: (getattr(one, k), getattr(two, k)) for k in table} == table
     assert (policy.GRAD_CLIP, loss.policy_loss.__kwdefaults__["clip_dual"]) == (1, 10)

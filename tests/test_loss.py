@@ -13,13 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import loss
 from loss import (
     group_advantages,
+    importance_weights,
     logp_and_entropy,
     mismatch,
     n_kept,
     policy_loss,
     token_mask,
     token_weights,
-    truncated_importance,
 )
 from methods import clip_cov, kl_cov
 from methods.clip_cov import n_chosen, token_covariance
@@ -549,10 +549,10 @@ def test_kl_cov_loss_fixtures(ratio, advantage, chosen, expected, slope):
 
 
 # ------------------------------------------------------------------------------------------------------- trainer vs engine
-def test_truncated_importance_is_the_ratio_up_to_the_cap_and_detached():
+def test_a_truncated_importance_weight_is_the_ratio_up_to_the_cap_and_detached():
     old = torch.tensor([-1.0, -1.0, -1.0, 50.0, -80.0], requires_grad=True)
     engine = torch.tensor([-1.0, -1.5, -3.0, -50.0, 0.0])
-    w = truncated_importance(old, engine, 2.0)
+    w = importance_weights(old, engine, torch.ones(5, dtype=torch.long), "token_truncate", 0.0, 2.0)
     assert w.tolist() == pytest.approx([1, math.exp(0.5), 2, 2, math.exp(-20)]) and not w.requires_grad
 
 

@@ -19,11 +19,12 @@ from lib import policy as policy_module
 from lib import weights as weights_module
 from lib.config import Config
 from lib.memory import GPUS, engine_share
+from lib.method import load_method
 from lib.policy import Policy, bins, compute_dtype, pack, packed_length, partition
 from lib.ranks import gather
 from lib.weights import load_hf_config, load_lm, load_tokenizer, named_from_folder, refuse_unsupported
 from loss import group_advantages, policy_loss, token_weights
-from rollout import Rollout
+from rollout import Rollout, set_pass_rates
 
 BUDGET = 4096
 
@@ -413,7 +414,7 @@ def test_an_empty_micro_batch_adds_nothing_to_cures_loss_and_no_nan(policy, mask
     rows, tried = masked_rows[:4], 0
     masks = {}, {"entropy_mask_rho": 0.3}, {"entropy_mask_rho": 0.3, "entropy_mask_scope": "micro"}
     for agg, mask, norm in itertools.product(("token", "sequence", "micro"), masks, ("kept", "all")):
-        cfg, found = config(agg=agg, tis_cap=2.0, entropy_mask_norm=norm, **mask), []
+        cfg, found = config(agg=agg, importance=["token_truncate", 0, 2], entropy_mask_norm=norm, **mask), []
         for plan in ([[[0, 1, 2, 3]]], [[[], [0, 1, 2, 3], []]]):
             mini, sums = cure.Minibatch(rows, plan), Counter()
             found.append(gradients(policy, mini.here(0), loss_of(policy, cfg, mini, sums))[0])
@@ -426,14 +427,14 @@ def test_an_empty_micro_batch_adds_nothing_to_cures_loss_and_no_nan(policy, mask
 # -------------------------------------------------------------------------------------------------- variants of the loss
 def test_plain_dapo_is_policy_loss_and_token_weights_bit_for_bit_and_so_is_a_bonus_of_0(policy, masked_rows):
     plain, _ = gradients(policy, cut(masked_rows, 128)[0], token_mean(masked_rows))   # written here, without any variant
-    for off in ({}, {"method": "entropy_bonus", "method_args": {"coef": 0.0}}):
+    for off in ({}, {"method": ["entropy_bonus"], "method_args": {"coef": 0.0}}):
         assert same(masked_gradients(policy, masked_rows, **off)[0], plain)
 
 
 def test_entropy_bonus_adds_the_gradient_of_the_mean_entropy(policy, request, masked_rows):
     """Against plain transformers in float64: d/dw of -0.3 x mean H over all response tokens, mini- and micro-batches apart."""
     source = request.getfixturevalue(request.node.callspec.params["policy"])
-    plain, with_bonus = (masked_gradients(policy, masked_rows, method="entropy_bonus", method_args={"coef": c})[0]
+    plain, with_bonus = (masked_gradients(policy, masked_rows, method=["entropy_bonus"], method_args={"coef": c})[0]
                          for c in (0.0, 0.3))  # fmt: skip
     model = plain_model(source, torch.float64)
     h = torch.cat([plain_logp(model, r)[1] for r in masked_rows])
@@ -447,7 +448,7 @@ def test_entropy_bonus_adds_the_gradient_of_the_mean_entropy(policy, request, ma
 def chosen_tokens(policy, rows, k, method, budget=128, **kwargs):
     """What the method's survey of all rows as minibatch k chose: [(chosen, cov) of each row], micro-batches."""
     mini = one_minibatch(rows, budget)
-    loss_of(policy, config(method=method, method_args=kwargs), mini, k=k)
+    loss_of(policy, config(method=[method], method_args=kwargs), mini, k=k)
     return [(r.survey["cov_share"], r.survey["cov"]) for r in rows], len(mini.here(0))
 
 
@@ -938,9 +939,15 @@ VARIANTS = {
     "mask": {"entropy_mask_rho": 0.3},
     "mask of all": {"entropy_mask_rho": 0.3, "entropy_mask_norm": "all"},
     "small micro-batches": {"micro_batch_tokens": 70},
-    "clip_cov": {"method": "clip_cov", "method_args": {"cov_share": 0.05, "cov_low": 0.2}},
-    "kl_cov": {"method": "kl_cov", "method_args": {"cov_share": 0.05}, "micro_batch_tokens": 70},
-    "entropy bonus": {"method": "entropy_bonus", "method_args": {"coef": 0.1}, "agg": "sequence"},
+    "clip_cov": {"method": ["clip_cov"], "method_args": {"cov_share": 0.05, "cov_low": 0.2}},
+    "kl_cov": {"method": ["kl_cov"], "method_args": {"cov_share": 0.05}, "micro_batch_tokens": 70},
+    "entropy bonus": {"method": ["entropy_bonus"], "method_args": {"coef": 0.1}, "agg": "sequence"},
+    "sequence weights": {"importance": ["sequence_truncate", 0.5, 1.5]},
+    **{name: {"method": [name], "agg": "sequence"} for name in ("gspo", "holder_po", "dr_grpo")},
+    **{name: {"method": [name]} for name in ("cispo", "rloo", "maxrl", "tree_po", "entropy_shaped", "eapo", "kl", "htpo",
+                                             "lp_reg", "spo_mask")},
+    "opefo": {"method": ["opefo"], "prompts_per_step": 3},
+    "pass_k": {"method": ["pass_k"], "method_args": {"k": 2}},
 }
 
 
@@ -948,12 +955,14 @@ def steps_of(policy, rank, world, variant):
     """Gradients of all minibatches of one training step on 7 kept groups of 4, cut as the training loop cuts them."""
     cfg = config(prompts_per_minibatch=3, **VARIANTS[variant])
     rows = ragged(28, 11, 25, per_group=4)
-    run = SimpleNamespace(policy=policy, rank=rank, world=world)
+    run, method = SimpleNamespace(policy=policy, rank=rank, world=world), load_method(cfg, cure.HOOKS)
     plan = cure.cut_minibatches(cfg, rows, world)
-    cure.score(run, cfg, plan)
-    cure.set_advantages(SimpleNamespace(**cure.HOOKS), rows)
+    cure.score(run, cfg, plan, ("old_logp", "entropy", "statistic"), statistic=method.position_statistic)
+    set_pass_rates(rows)
+    cure.set_advantages(method, rows)
     rng = np.random.default_rng(0)
     for r in rows:                                      # as after an optimizer step: ratios apart from 1, some clipped
+        r.ref_logp = r.old_logp
         r.old_logp = r.old_logp + rng.normal(0, 0.3, len(r.old_logp)).astype(np.float32)
     out = []
     for k, mini in enumerate(plan):
@@ -1118,7 +1127,7 @@ def test_the_chosen_tokens_get_the_gradient_of_clip_cov_and_kl_cov(mode):
         rows[i].advantage = [1.5, -0.5, -0.5, -0.5][i]
     old, a = np.concatenate([r.old_logp for r in rows]), np.repeat([r.advantage for r in rows], [5, 6, 7, 8])
     args = {"clip_cov": {"cov_low": -9.0}, "kl_cov": {"coef": 0.1}}[mode] | {"cov_share": 0.2}
-    loss_fn = loss_of(None, Config(method=mode, method_args=args), cure.Minibatch(rows, [[[0, 1], [2, 3]]]))
+    loss_fn = loss_of(None, Config(method=[mode], method_args=args), cure.Minibatch(rows, [[[0, 1], [2, 3]]]))
     picked = np.concatenate([r.survey["cov_share"] for r in rows]) > 0
     assert picked.sum() == 5                                        # int(0.2 x 26)
     new = old + rng.normal(0, 0.3, 26).astype(np.float32)

@@ -1,6 +1,7 @@
-"""The experiment of docs/exploration.md: every arm and seed, resumed where it stopped, then tables and a picture.
+"""The experiments of docs/exploration.md and docs/methods.md: every arm, resumed where it stopped, tables, a picture.
 
     python -m tools.matrix plain                             # all arms, all seeds, two runs at a time
+    python -m tools.matrix methods                           # docs/methods.md: every method, one seed, the first budget
     python -m tools.matrix hard --seeds 0 --arms cure,dapo   # a part of it; --jobs 0: run nothing
     python -m tools.matrix plain --data docs/data/exploration.jsonl     # tables and picture of kept lines
 
@@ -19,6 +20,7 @@ import numpy as np
 
 from lib.files import aligned
 from tools.common import COLOURS, MARKERS, command_line, picture, read_run, read_samples, warn
+from tools.methods import METHODS
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BUDGETS = [400_000, 800_000, 1_200_000, 1_600_000]  # generated tokens
@@ -32,10 +34,12 @@ ARMS = {  # arm: config, and what differs
     "8020": ["countdown-8020", "stages.mask8020.steps=1000"],
     "random20": ["countdown-8020", "stages.mask8020.steps=1000", "entropy_mask_side=random"],  # its null
 }
-REGIMES = {  # regime: arms, steps between evaluations, steps of stage 1, and what differs
-    "plain": (list(ARMS), 20, 40, []),
-    "hard": (["cure", "random", "dapo"], 5, 15,
+ALL = {name: own + ["stages.dapo.steps=1000"] * (own[0] == "countdown-dapo") for name, own in METHODS.items()} | ARMS
+REGIMES = {  # regime: arms, steps between evaluations, steps of stage 1, budgets, seeds, and what differs
+    "plain": (list(ARMS), 20, 40, BUDGETS, SEEDS, []),
+    "hard": (["cure", "random", "dapo"], 5, 15, BUDGETS, SEEDS,
              ["data=runs/countdown-base/hard.jsonl", "prompts_per_step=64", "samples_per_step=0"]),
+    "methods": (list(METHODS), 20, 40, BUDGETS[:1], SEEDS[:1], []),
 }  # fmt: skip
 COMPARED = [("cure", "random"), ("cure", "surprisal"), ("cure", "dapo"), ("cure", "none"), ("8020", "dapo"),
             ("8020", "random20")]
@@ -59,7 +63,7 @@ def evaluations(regime, arm, seed):
     where samples.jsonl has all groups."""
     folder = run_folder(regime, arm, seed)
     rows = read_run(folder)[1] if os.path.exists(f"{folder}/metrics.jsonl") else []
-    first, whole = {}, "samples_per_step=0" in REGIMES[regime][3]
+    first, whole = {}, "samples_per_step=0" in REGIMES[regime][-1]
     for row in read_samples(f"{folder}/samples.jsonl", {"prompt_id", "correct"}) if rows and whole else ():
         if row["correct"]:
             first[row["prompt_id"]] = min(row["step"], first.get(row["prompt_id"], row["step"]))
@@ -72,7 +76,7 @@ def evaluations(regime, arm, seed):
 
 def command(regime, arm, seed, max_steps):
     """The command that takes a run to max_steps."""
-    (config, *own), (_, every, first, more) = ARMS[arm], REGIMES[regime]
+    (config, *own), (_, every, first, _, _, more) = ALL[arm], REGIMES[regime]
     stages = [f"stages.stage1.steps={first}", "stages.stage2.steps=1000"] if config == "countdown" else []
     return [sys.executable, f"{HERE}/cure.py", "--config", f"{HERE}/configs/{config}.yaml", f"seed={seed}",
             f"out_dir={run_folder(regime, arm, seed)}", f"max_steps={max_steps}", f"eval_every={every}",
@@ -81,11 +85,11 @@ def command(regime, arm, seed, max_steps):
 
 def finish(regime, arm, seed, run=subprocess.run):
     """Run an arm's seed until its budget is spent. RuntimeError: it failed, or was interrupted."""
-    folder, every = run_folder(regime, arm, seed), REGIMES[regime][1]
-    while not (done := evaluations(regime, arm, seed)) or done[-1]["tokens/generated"] < BUDGETS[-1]:
+    folder, every, last = run_folder(regime, arm, seed), REGIMES[regime][1], REGIMES[regime][3][-1]
+    while not (done := evaluations(regime, arm, seed)) or done[-1]["tokens/generated"] < last:
         goal = every  # later: the last evaluation within the budget, at so many tokens a step, then one more
         if done and (step := done[-1]["step"]):
-            goal = every * max(step // every + 1, int(step * BUDGETS[-1] / done[-1]["tokens/generated"] / every))
+            goal = every * max(step // every + 1, int(step * last / done[-1]["tokens/generated"] / every))
         print(f"{folder}: to step {goal}", flush=True)
         os.makedirs(folder, exist_ok=True)
         with open(f"{folder}.log", "a") as log:  # two runs at once would mix their lines on a screen
@@ -131,17 +135,18 @@ def over_seeds(runs, arm, budget, get):
     return np.array([x for x in found if x is not None])
 
 
-def table(runs):
+def table(runs, budgets):
     """A line an arm and budget: mean and standard deviation over the seeds."""
     rows = [["arm", "tokens", "seeds", *COLUMNS]]
     for arm in dict.fromkeys(a for a, _ in runs):
-        for budget in (0, *BUDGETS):
+        for budget in (0, *budgets):
             found = over_seeds(runs, arm, budget, lambda row: [row.get(key, np.nan) for key, _ in COLUMNS.values()])
             if len(found):
                 spread = found.std(0, ddof=1) if len(found) > 1 else [np.nan] * len(COLUMNS)
                 cells = zip(found.mean(0), spread, COLUMNS.values(), strict=True)
                 rows.append([arm, f"{budget // 1000}k", str(len(found)),
-                             *("-" if np.isnan(m) else f"{m:{form}} ± {s:{form}}" for m, s, (_, form) in cells)])
+                             *("-" if np.isnan(m) else f"{m:{form}}" + f" ± {s:{form}}" * (len(found) > 1)
+                               for m, s, (_, form) in cells)])  # fmt: skip
     return aligned(rows)
 
 
@@ -192,29 +197,32 @@ def main(argv):
     """The part of the matrix that is asked for, then the tables and the picture of all that is there."""
     parser = command_line("matrix", __doc__)
     parser.add_argument("regime", choices=REGIMES)
-    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)))
+    parser.add_argument("--seeds", default="")
     parser.add_argument("--arms", default="")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a core each; 0: run nothing")
     parser.add_argument("--data", help="kept lines: run nothing")
     parser.add_argument("--picture", help="default runs/exploration/REGIME.png")
     args = parser.parse_args(argv)
-    arms = args.arms.split(",") if args.arms else REGIMES[args.regime][0]
-    if unknown := set(arms) - set(ARMS):
-        parser.error(f"--arms: no arm {min(unknown)}; there are {', '.join(ARMS)}")
+    (every_arm, _, _, budgets, seeds, _), regime = REGIMES[args.regime], args.regime
+    arms, seeds = args.arms.split(",") if args.arms else every_arm, args.seeds.split(",") if args.seeds else seeds
+    if unknown := set(arms) - set(ALL):
+        parser.error(f"--arms: no arm {min(unknown)}; there are {', '.join(ALL)}")
     failed, kept = 0, args.data or f"runs/exploration/{args.regime}.jsonl"
     if not args.data:
-        todo = [(args.regime, arm, int(seed)) for seed in args.seeds.split(",") for arm in arms]  # seed by seed
+        todo = [(regime, arm, int(seed)) for seed in seeds for arm in arms]  # seed by seed
         failed = finish_all(todo, args.jobs) if args.jobs else 0
         os.makedirs("runs/exploration", exist_ok=True)
         with open(kept, "w") as file:
-            file.writelines(json.dumps(row) + "\n" for arm in REGIMES[args.regime][0] for seed in SEEDS
-                            for row in evaluations(args.regime, arm, seed))  # fmt: skip
+            file.writelines(json.dumps(row) + "\n" for arm in every_arm for seed in SEEDS
+                            for row in evaluations(regime, arm, seed))
     runs = {}
     for row in map(json.loads, Path(kept).read_text().splitlines()):
-        if row["regime"] == args.regime:
+        if row["regime"] == regime:
             runs.setdefault((row["arm"], row["seed"]), []).append(row)
-    print(table(runs), *(differences(runs, budget) for budget in (BUDGETS[0], BUDGETS[-1])), sep="\n\n")
-    draw(runs, args.picture or f"runs/exploration/{args.regime}.png")
+    print(table(runs, budgets))
+    if regime != "methods":  # one seed has no differences to be seen
+        print(*(f"\n{differences(runs, budget)}" for budget in (BUDGETS[0], BUDGETS[-1])), sep="\n")
+        draw(runs, args.picture or f"runs/exploration/{regime}.png")
     return int(failed > 0)
 
 

@@ -39,6 +39,7 @@ from lib.memory import (
     engine_room,
     engine_share,
     forward_flops,
+    frozen_memory,
     host_memory,
     model_sizes,
     trainer_memory,
@@ -144,8 +145,10 @@ def step_phases(cfg, given):
     if cfg.n2:  # round 1 left prompt and prefix in the cache
         out.append(decode_phase("generate branches", cfg, given, sampled[1], rounds, 0))
     out.append(pass_phase("old log-probs", cfg, given, kept, minibatches))
-    surveys = load_method(cfg, HOOKS).survey_minibatch is not HOOKS["survey_minibatch"]
-    if surveys and minibatches > 1:  # for the first minibatch the old log-probs are the present ones
+    method = load_method(cfg, HOOKS)
+    if method.reference:
+        out.append(pass_phase("reference log-probs", cfg, given, kept, minibatches))
+    if method.survey_minibatch and minibatches > 1:  # for the first minibatch the old log-probs are the present ones
         rest = [b._replace(count=b.count * (minibatches - 1) // minibatches) for b in kept]
         out.append(pass_phase("survey pass", cfg, given, rest, minibatches - 1))
     return [*out, update]
@@ -326,7 +329,9 @@ def arguments(argv):
     unmade = bed and not os.path.exists(f"{path}/config.json")
     config = bed.config() if unmade else load_hf_config(path)  # the toy has a shape before it has a folder
     there = int(own["host"]) or (host_memory() if torch.cuda.is_available() else 0)
-    numbers = int(own["gpus"]), int(own["response"]), 0, there, float(own["fork"])
+    reference = any(load_method(cfg, HOOKS).reference for _, cfg in stages)
+    frozen = frozen_memory(config, int(own["gpus"])) if reference else 0
+    numbers = int(own["gpus"]), int(own["response"]), frozen, there, float(own["fork"])
     return stages, Given(config, GPUS[own["gpu"]], *numbers)
 
 

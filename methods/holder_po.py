@@ -1,0 +1,45 @@
+"""HolderPO (arXiv 2605.12058): one ratio a response, the power mean of its tokens' ratios, its power annealed.
+
+    rho = (mean_t r_t^p)^(1/p),   p -> 0: the geometric mean, GSPO;   J = min(rho A, clip(rho) A), mean over responses
+
+p goes linearly from 2 to -2: large ratios count most at first, small ones in the end. The authors take 500 rollout
+steps for it, here it takes the stage. Their clip is 0.2 on both sides, far wider than GSPO's. Their other variant clips
+each token's ratio before the mean; it is not here.
+"""
+
+import torch
+
+from loss import sequence_sums
+from methods.gspo import clipped
+from rollout import response_lengths
+
+
+def log_power_mean(log_ratio, lengths, p):
+    """log of the power mean of exp(log_ratio) over each response, at every token of it. log_ratio (T,), lengths (n,).
+
+    (logsumexp(p log r) - log n) / p: finite for any ratio. Around p = 0, where that is 0 / 0, the mean of log r."""
+    if abs(p) < 1e-3:
+        return sequence_sums(log_ratio, lengths) / lengths.repeat_interleave(lengths)
+    parts = [part.logsumexp(0) for part in (p * log_ratio).split(lengths.tolist())] if len(lengths) else []
+    sums = torch.stack(parts) if parts else log_ratio.new_zeros(0)
+    return ((sums - lengths.to(sums.dtype).log()) / p).repeat_interleave(lengths)
+
+
+def policy_loss(logp, old_logp, advantage, entropy, rows, clip_low, clip_high, *, p=2.0, low=0.2, high=0.2):
+    """See loss.policy_loss. clip_low and clip_high are not used.  (HOLDER-1)"""
+    lengths = response_lengths(rows, logp.device)
+    log_rho = log_power_mean((logp - old_logp).clamp(-20, 20), lengths, p)
+    return clipped(log_rho.clamp(-20, 20).exp(), advantage, low, high)
+
+
+def step_settings(state, progress, rows, *, p=2.0, p_end=-2.0):
+    """p of this step, linear in the stage's progress."""
+    return {"p": p + (p_end - p) * progress}
+
+
+def check(low, high, agg):
+    """ValueError names the setting."""
+    if agg != "sequence":
+        raise ValueError(f"agg: holder_po's loss is a mean over responses, agg=sequence, got {agg}")
+    if not (0 <= low < 1 and high >= 0):
+        raise ValueError(f"method_args.low: low, high are distances from a ratio of 1, got {low}, {high}")
