@@ -93,7 +93,7 @@ def group_advantages(scores, groups, parents=None):
     """A = (s - mean) / (std + 1e-6) over each group of rollouts of one prompt, std with n - 1 (GRPO; DAPO eq. 9).
 
     scores (N,) float, groups (N,) any integers, parents (N,): of a branch the index of its base rollout among its
-    group's n1, else -1 (not used here). Returns (N,) fp32."""
+    group's n1, else -1, also for a plain resample (not used here). Returns (N,) fp32."""
     s = scores.double()
     _, g = torch.unique(groups, return_inverse=True)
     n = torch.bincount(g).double()  # (groups,)

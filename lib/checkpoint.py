@@ -146,7 +146,10 @@ def refuse_changes(run, folder):
     changes = {}  # (key, old, new) -> stages
     for name, cfg in run.stages:
         old = {**vars(Config()), "packing": "flat", **saved[name]}  # what runs had before there were brooms
-        old["method"] = old["method"] or []  # it was a text
+        if isinstance(old["method"], str):  # the time before methods were taken together
+            old["method"] = [old["method"]] if old["method"] else []
+        if cap := old.pop("tis_cap", 0):
+            old["importance"] = ["token_truncate", 0, cap]
         for key, value in vars(cfg).items():
             if key not in keys(FREE) and old[key] != value:
                 changes.setdefault((key, repr(old[key]), repr(value)), []).append(name)

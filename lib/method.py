@@ -3,11 +3,13 @@
 The defaults are given by who loads (cure.HOOKS). A function of the file takes the default's arguments, in its order,
 and keyword-only ones. One with a default is a setting of the method's own, set by `method_args.NAME=VALUE`. One without
 is a key of the config and has its value. check(…), of such arguments alone, raises a ValueError for what cannot work.
-REFERENCE = True asks for the model that the run began with: rollouts carry its log-probs, ref_logp.
+REFERENCE = True asks for the model that the run began with: rollouts carry its log-probs, ref_logp. WHOLE_RESPONSES =
+True says that a loss of some tokens only would be wrong.
 """
 
 import importlib.util
 import inspect
+import math
 import os
 from functools import partial
 from glob import glob
@@ -59,7 +61,7 @@ def load_method(cfg, hooks):
 
     Files of cfg.method are taken together. ValueError, naming file and function: no hook in a file, two files with one
     hook, another signature, a setting that is unknown, of another type or in two files."""
-    known, own, checks, reference, hooks = {}, {}, [], False, hooks | OPTIONAL
+    known, own, origin, checks, reference, whole, hooks = {}, {}, {}, [], False, [], hooks | OPTIONAL
     for path in map(method_file, cfg.method):
         module, settings = load_file(path), {}
         found = {name: vars(module)[name] for name in hooks if name in vars(module)}
@@ -67,16 +69,24 @@ def load_method(cfg, hooks):
             raise ValueError(f"method: {path} has none of the functions {', '.join(hooks)}")
         for name, function in found.items():
             if name in own:
-                raise ValueError(f"method: {own[name].__code__.co_filename} and {path} both have {name}: take one")
-            settings |= settings_of(path, function, hooks[name])
+                raise ValueError(f"method: {origin[name]} and {path} both have {name}: take one")
+            for key, p in settings_of(path, function, hooks[name]).items():
+                if settings.setdefault(key, p).default != p.default:
+                    raise ValueError(f"method: {path}: its setting {key} has two defaults")
         if twice := settings.keys() & known.keys():
             raise ValueError(f"method_args.{min(twice)}: two of the files {', '.join(cfg.method)} have it: take one")
-        own, known = own | found, known | settings
+        own, known, origin = own | found, known | settings, origin | dict.fromkeys(found, path)
         checks += [module.check] if hasattr(module, "check") else []
         reference |= getattr(module, "REFERENCE", False)
+        whole += [path] if getattr(module, "WHOLE_RESPONSES", False) else []
     names = ", ".join(cfg.method)
-    if "survey_minibatch" in own and cfg.entropy_mask_rho < 1:
+    masked = "token_mask" in own or cfg.entropy_mask_rho < 1
+    if "survey_minibatch" in own and masked:
         raise ValueError(f"method: {names} and entropy_mask_rho {cfg.entropy_mask_rho} both choose tokens: take one")
+    if whole and (masked or cfg.importance and cfg.importance[0].startswith("token")):
+        raise ValueError(f"method: the loss of {whole[0]} is of whole responses: no token mask or token importance")
+    if "critical_tokens" in own and cfg.critical != "entropy":
+        raise ValueError(f"critical: {cfg.critical} and {origin['critical_tokens']} both choose positions: take one")
     if "token_mask" in own and cfg.entropy_mask_scope == "micro":
         raise ValueError(f"entropy_mask_scope: micro counts tokens of the 80/20 mask, {names} has a mask of its own")
     args = {name: p.default for name, p in known.items()}
@@ -92,6 +102,8 @@ def given(function, args, cfg):
     wanted = inspect.signature(function).parameters.values()
     if function.__name__ != "check":
         wanted = [p for p in wanted if p.kind is p.KEYWORD_ONLY]
+    if unknown := [p.name for p in wanted if p.name not in args | vars(cfg)]:
+        raise ValueError(f"method: {function.__name__} asks for {unknown[0]}, which is no setting")
     return partial(function, **{p.name: args[p.name] if p.name in args else getattr(cfg, p.name) for p in wanted})
 
 
@@ -109,12 +121,15 @@ def load_file(path):
 def settings_of(path, function, default):
     """{name: inspect.Parameter} of a function's own settings, its other arguments compared with the default's."""
     where, parameters = f"method: {path}: {function.__name__}", inspect.signature(function).parameters.values()
-    own = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in SETTING_NAMES}
+    own = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+    own = {name: p for name, p in own.items() if name not in SETTING_NAMES or p.default is not p.empty}
     taken = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
     wanted = [p.name for p in inspect.signature(default).parameters.values() if p.kind is not p.KEYWORD_ONLY]
     if taken != wanted:
         raise ValueError(f"{where} should take ({', '.join(wanted)}), settings behind a *; "
                          f"it takes ({', '.join(taken)})")  # fmt: skip
+    if taken := own.keys() & SETTING_NAMES:
+        raise ValueError(f"{where}: {min(taken)} is a key of the config: without a default it has its value")
     if bare := [k for k, p in own.items() if type(p.default) not in (bool, int, float, str)]:
         raise ValueError(f"{where}: its setting {bare[0]} needs a default that is a number, a text, true or false")
     return own
@@ -127,7 +142,7 @@ def typed(name, value, known):
     kind = type(known[name].default)
     if kind is float and type(value) is int:
         value = float(value)
-    if type(value) is not kind or value != value:
+    if type(value) is not kind or kind is float and not math.isfinite(value):
         raise ValueError(f"method_args.{name}: must be of type {kind.__name__}, got {value!r}")
     return value
 
@@ -142,7 +157,7 @@ def for_step(method, state, cfg, rows):
     values = method.step_settings(own, (state["stage_step"] - 1) / cfg.steps, rows)
     functions, used = dict(vars(method)), set()
     for name, function in functions.items():
-        takes = values.keys() & inspect.signature(function).parameters.keys() if isinstance(function, partial) else ()
+        takes = values.keys() & function.keywords if isinstance(function, partial) and name != "step_settings" else ()
         functions[name] = partial(function, **{k: values[k] for k in takes}) if takes else function
         used.update(takes)
     assert used == values.keys(), f"step_settings gives {values}, the method's functions take {used}"

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+from glob import glob
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from lib import checkpoint, data, toy
 from lib.broom import skips
 from lib.checkpoint import LOGS
+from lib.config import HERE
 from lib.countdown import check_golds
 from lib.data import Task, find_benchmark, grader
 from lib.engine import make_engine
@@ -41,7 +43,8 @@ class Run:
         }  # fmt: skip
         self.out, self.stop, self.engine, self.policy, self.reference = stages[0][1].out_dir, False, None, None, None
         self.pending = {}  # timing_s/save of a checkpoint, for the next line of the log
-        self.code = code_hashes(*{method_file(m) for _, cfg in stages for m in cfg.method})
+        methods = {method_file(m) for _, cfg in stages for m in cfg.method}  # which may import each other
+        self.code = code_hashes(*methods, *(glob(f"{HERE}/methods/*.py") if methods else ()))
 
     def print(self, text):
         if self.rank == 0:

@@ -11,7 +11,12 @@ their formula was not found.
 
 import numpy as np
 
-from methods.entropy_bonus import policy_loss  # noqa: F401, the hook
+from methods.entropy_bonus import policy_loss as with_bonus
+
+
+def policy_loss(logp, old_logp, advantage, entropy, rows, clip_low, clip_high, *, coef=0.0):
+    """loss.policy_loss - coef H."""
+    return with_bonus(logp, old_logp, advantage, entropy, rows, clip_low, clip_high, coef=coef)
 
 
 def step_settings(state, progress, rows, *, coef=0.0, target=0.4, anchored=True, delta=1e-4, most=0.005):

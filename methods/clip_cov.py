@@ -42,7 +42,7 @@ def choose(cov, clipped, share, low, high, generator):
 
 def survey_minibatch(rows, logp, old_logp, advantage, generator, clip_low, clip_high, *,
                      cov_share=2e-4, cov_low=1.0, cov_high=5.0):  # fmt: skip
-    """The covariance of each token, and which tokens lose their loss. See cure.survey_minibatch."""
+    """The covariance of each token, and which tokens lose their loss. See lib.method.survey_minibatch."""
     cov = token_covariance(logp, advantage)
     _, flags = ppo(logp, old_logp, advantage, None, rows, clip_low, clip_high)
     return {"cov": cov, "cov_share": choose(cov, flags["pg_clipfrac"], cov_share, cov_low, cov_high, generator)}

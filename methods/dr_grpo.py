@@ -11,6 +11,8 @@ import torch
 from loss import policy_loss as ppo
 from rollout import response_lengths
 
+WHOLE_RESPONSES = True
+
 
 def group_advantages(scores, groups, parents):
     """s - mean over each group, (N,) fp32. See loss.group_advantages.  (DRGRPO-1)"""

@@ -12,6 +12,8 @@ import torch
 from loss import sequence_sums
 from rollout import response_lengths
 
+WHOLE_RESPONSES = True
+
 
 def policy_loss(logp, old_logp, advantage, entropy, rows, clip_low, clip_high, *,
                 low=3e-4, high=4e-4, level="sequence"):  # fmt: skip

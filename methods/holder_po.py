@@ -7,22 +7,22 @@ steps for it, here it takes the stage. Their clip is 0.2 on both sides, far wide
 each token's ratio before the mean; it is not here.
 """
 
-import torch
-
 from loss import sequence_sums
 from methods.gspo import clipped
 from rollout import response_lengths
+
+WHOLE_RESPONSES = True
 
 
 def log_power_mean(log_ratio, lengths, p):
     """log of the power mean of exp(log_ratio) over each response, at every token of it. log_ratio (T,), lengths (n,).
 
-    (logsumexp(p log r) - log n) / p: finite for any ratio. Around p = 0, where that is 0 / 0, the mean of log r."""
+    log(mean r^p) / p. With |log r| at most 20 and |p| at most 4 no power overflows. Around p = 0, where that is 0 / 0,
+    the mean of log r."""
+    n = lengths.repeat_interleave(lengths)
     if abs(p) < 1e-3:
-        return sequence_sums(log_ratio, lengths) / lengths.repeat_interleave(lengths)
-    parts = [part.logsumexp(0) for part in (p * log_ratio).split(lengths.tolist())] if len(lengths) else []
-    sums = torch.stack(parts) if parts else log_ratio.new_zeros(0)
-    return ((sums - lengths.to(sums.dtype).log()) / p).repeat_interleave(lengths)
+        return sequence_sums(log_ratio, lengths) / n
+    return (sequence_sums((p * log_ratio).exp(), lengths) / n).log() / p
 
 
 def policy_loss(logp, old_logp, advantage, entropy, rows, clip_low, clip_high, *, p=2.0, low=0.2, high=0.2):
@@ -37,8 +37,10 @@ def step_settings(state, progress, rows, *, p=2.0, p_end=-2.0):
     return {"p": p + (p_end - p) * progress}
 
 
-def check(low, high, agg):
+def check(p, p_end, low, high, agg):
     """ValueError names the setting."""
+    if max(abs(p), abs(p_end)) > 4:
+        raise ValueError(f"method_args.p: p and p_end are from -4 to 4, or powers overflow, got {p} and {p_end}")
     if agg != "sequence":
         raise ValueError(f"agg: holder_po's loss is a mean over responses, agg=sequence, got {agg}")
     if not (0 <= low < 1 and high >= 0):

@@ -51,3 +51,9 @@ def policy_loss(logp, old_logp, advantage, entropy, rows, clip_low, clip_high, *
     dual = -advantage * 10.0
     is_dual = (advantage < 0) & (loss > dual)
     return torch.where(is_dual, dual, loss), {"pg_clipfrac": cut > plain, "pg_clipfrac_lower": is_dual}
+
+
+def check(hard_below):
+    """ValueError names the setting."""
+    if not 0 < hard_below <= 1:
+        raise ValueError(f"method_args.hard_below: is a share of right responses over 0, got {hard_below}")

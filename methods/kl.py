@@ -3,8 +3,8 @@
     L = L_ppo + coef (e^-d - 1 + d),   d = logp - ref_logp: the k3 estimate, never negative
 
 coef: 0.04 in GRPO's paper, 0.001 in verl's examples, our default. DAPO and CURE have none. target > 0: coef is steered
-so that this mean, before the update, goes there (D. Ziegler et al., arXiv 1909.08593; verl's numbers): each step
-multiplies it by 1 + clip(kl / target - 1, -0.2, 0.2) rollouts / horizon.
+so that this mean, before the update, goes there (D. Ziegler et al., arXiv 1909.08593): each step multiplies it by
+1 + clip(kl / target - 1, -0.2, 0.2) rollouts / horizon. verl has that for a KL in the reward, with another estimate.
 """
 
 import numpy as np
@@ -34,5 +34,7 @@ def step_settings(state, progress, rows, *, coef=0.001, target=0.0, horizon=1000
 
 def check(coef, target, horizon):
     """ValueError names the setting."""
+    if target > 0 and not coef:
+        raise ValueError("method_args.coef: what is steered by factors cannot start at 0")
     if not (coef >= 0 and target >= 0 and horizon > 0):
         raise ValueError(f"method_args.coef: coef, target >= 0 and horizon > 0, got {coef}, {target}, {horizon}")

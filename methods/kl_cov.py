@@ -21,7 +21,7 @@ def choose(cov, share):
 
 
 def survey_minibatch(rows, logp, old_logp, advantage, generator, clip_low, clip_high, *, cov_share=2e-4):
-    """The covariance of each token, and which tokens pay. See cure.survey_minibatch."""
+    """The covariance of each token, and which tokens pay. See lib.method.survey_minibatch."""
     cov = token_covariance(logp, advantage)
     return {"cov": cov, "cov_share": choose(cov, cov_share)}
 

@@ -18,7 +18,7 @@ from rollout import token_column
 
 def position_statistic(logp, entropy, tokens):
     """sum_v p_v^2 (log p_v + H) of each position. logp (C, V), entropy (C,), nats -> (C,)."""
-    return ((2 * logp).exp() * (logp + entropy[:, None])).nan_to_num(nan=0.0).sum(-1)  # p = 0: 0 (-inf) is 0
+    return (2 * logp).exp_().mul_(logp + entropy[:, None]).nan_to_num_(nan=0.0).sum(-1)  # p = 0: 0 (-inf) is 0
 
 
 def entropy_change(logp, advantage, entropy, statistic):
@@ -42,8 +42,10 @@ def policy_loss(logp, old_logp, advantage, entropy, rows, clip_low, clip_high):
     return loss * weight, flags | {"balance": weight}
 
 
-def check(prompts_per_step, prompts_per_minibatch):
+def check(prompts_per_step, prompts_per_minibatch, importance):
     """ValueError names the setting."""
+    if importance:
+        raise ValueError("importance: its weights would unbalance those of opefo: leave it empty")
     if prompts_per_minibatch != prompts_per_step:
         raise ValueError(f"prompts_per_minibatch: opefo is on-policy, one minibatch a step of {prompts_per_step} "
                          f"prompts, got {prompts_per_minibatch}")  # fmt: skip

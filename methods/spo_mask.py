@@ -13,7 +13,9 @@ def token_mask(entropy, rows, rho, side, generator, *, below=0.9):
     return token_column(rows, lambda r: r.old_logp, entropy.device).exp() < below
 
 
-def check(below):
+def check(below, entropy_mask_rho):
     """ValueError names the setting."""
+    if entropy_mask_rho != 1:
+        raise ValueError(f"entropy_mask_rho: spo_mask has no share of tokens, leave it at 1, got {entropy_mask_rho}")
     if not 0 < below <= 1:
         raise ValueError(f"method_args.below: is a probability over 0, got {below}")

@@ -188,7 +188,7 @@ def test_every_method_has_a_row_of_the_page_and_a_line_of_the_smoke_table():
     files = {p.stem for p in (ROOT / "methods").glob("[a-z]*.py")}
     listed = re.findall(r"^\| `(\w+)` \|", DOCS["methods"], re.M)
     assert sorted(listed) == sorted(files), "each once"
-    assert files <= {m.removeprefix("method=") for own in SMOKE.values() for m in own} | {"surprisal"}
+    assert files <= {m.removeprefix("method=") for own in SMOKE.values() for m in own}
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 ORACLE are values of the authors' own functions (TRL f2cd577, verl b178a3c, HTPO cfbbea7, Lp-Reg-dev 33b27e2, TreePO
 f055523, Passk_Training c3ba575, maxrl c0698eb; HolderPO 1d27a37 typed off) on the three sequences of ROWS."""
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -144,7 +145,7 @@ def test_htpo_has_the_values_of_its_authors():
 @pytest.mark.parametrize(("share", "clip", "beta", "total"), [(0.4, (1.0, 9.0), 1.0, -0.29379167), (1.0, (1.0, 9.0), 1.0, -0.29327457),
                                                              (1.0, (0.2, 0.28), 0.1, -0.26006518)])  # fmt: skip
 def test_lp_reg_has_the_values_of_its_authors(share, clip, beta, total):
-    proxy = [-0.2, -1.0, -0.6, -0.9, -0.1, -1e4, -2.2, -0.3, -0.05, -1.9]
+    proxy = [-0.2, -1.0, -0.6, -0.9, -0.1, -math.inf, -2.2, -0.3, -0.05, -1.9]  # theirs has -1e4 for what is noise
     adv = double(A).repeat_interleave(torch.tensor(LENGTHS))
     low = lp_reg.survey_minibatch(None, double(LOGP), None, adv, None, *clip, share=share)["low"].tolist()
     rows = rows_of(statistic=proxy)
@@ -389,15 +390,38 @@ def test_methods_are_taken_together_where_their_hooks_do_not_collide_and_refused
     assert both.policy_loss.keywords == {"ratio_max": 3.0} and both.group_advantages.keywords == {"equal": True}
     assert both.critical_tokens.func.__module__ == "method_surprisal" and not both.reference
     for names, says in ((("cispo", "kl"), "cispo.py and .*kl.py both have policy_loss: take one"),
+                        (("adaptive_entropy", "kl"), "adaptive_entropy.py and .*kl.py both have policy_loss"),
+                        (("clip_cov", "spo_mask"), "clip_cov, spo_mask and entropy_mask_rho 1.0 both choose tokens"),
                         (("surprisal", "wrong_parents"), "surprisal.py and .*wrong_parents.py both have critical_tokens"),
                         (("dr_grpo",), "agg: dr_grpo's loss is a mean over responses, agg=sequence, got token"),
                         (("opefo",), "prompts_per_minibatch: opefo is on-policy, one minibatch a step of 512 prompts, got 32")):
         with pytest.raises(ValueError, match=says):
             load(*names)
+    for changes, names, says in (({"entropy_mask_rho": 0.2, "agg": "sequence"}, ["gspo"], "loss of .*gspo.py is of whole responses"),
+                                 ({"agg": "sequence"}, ["dr_grpo", "spo_mask"], "loss of .*dr_grpo.py is of whole responses"),
+                                 ({"agg": "sequence", "importance": ["token_mask", 0, 2]}, ["holder_po"], "of whole responses"),
+                                 ({"critical": "random"}, ["surprisal"], "critical: random and .*surprisal.py both choose"),
+                                 ({"entropy_mask_rho": 0.5}, ["spo_mask"], "entropy_mask_rho: spo_mask has no share"),
+                                 ({"method_args": {"p": 5}, "agg": "sequence"}, ["holder_po"], "method_args.p: p and p_end"),
+                                 ({"method_args": {"ratio_max": math.inf}}, ["cispo"], "must be of type float, got inf"),
+                                 ({"method_args": {"coef": 0, "target": 1}}, ["kl"], "method_args.coef: what is steered")):  # fmt: skip
+        with pytest.raises(ValueError, match=says):
+            load(*names, **changes)
     assert load("kl").reference and load("dr_grpo", agg="sequence").policy_loss.keywords == {"max_response_tokens": 2596}
 
 
-def test_two_files_with_a_setting_of_one_name_are_refused(tmp_path):
+def test_settings_that_cannot_be_told_apart_are_refused(tmp_path):
+    (tmp_path / "key.py").write_text("def group_advantages(scores, groups, parents, *, lr=0.5): pass\n")
+    with pytest.raises(ValueError, match="lr is a key of the config: without a default it has its value"):
+        load(str(tmp_path / "key.py"))
+    (tmp_path / "key.py").write_text("def group_advantages(scores, groups, parents): pass\ndef check(lr, lrr): pass\n")
+    with pytest.raises(ValueError, match="check asks for lrr, which is no setting"):
+        load(str(tmp_path / "key.py"))
+    (tmp_path / "key.py").write_text("def group_advantages(scores, groups, parents, *, k=1): pass\n"
+                                     "def critical_tokens(rollout, allowed, *, k=2): pass\n")
+    with pytest.raises(ValueError, match="its setting k has two defaults"):
+        load(str(tmp_path / "key.py"))
+    (tmp_path / "key.py").unlink()
     for name in ("group_advantages(scores, groups, parents", "critical_tokens(rollout, allowed"):
         (tmp_path / f"{name[:5]}.py").write_text(f"def {name}, *, size=1): pass\n")
     with pytest.raises(ValueError, match="method_args.size: two of the files"):
@@ -414,6 +438,21 @@ def test_the_settings_of_a_step_follow_progress_and_state():
     assert seen == [2.0, 1.0, 0.0, -1.0] and method.policy_loss.keywords["p"] == 2.0
     plain = load()
     assert for_step(plain, state, cfg, []) == (plain, {})
+    method.step_settings = lambda state, progress, rows: {"q": 1.0}
+    with pytest.raises(AssertionError, match="step_settings gives"):
+        for_step(method, state, cfg, [])
+
+
+@pytest.mark.parametrize("name", ["cispo", "gspo", "holder_po", "dr_grpo", "kl", "entropy_bonus", "adaptive_entropy", "entropy_shaped",
+                                  "eapo", "clip_cov", "kl_cov", "opefo", "lp_reg", "htpo"])  # fmt: skip
+def test_a_rank_without_rollouts_has_a_loss_of_zero_that_can_be_differentiated(name):
+    per_step = {"prompts_per_minibatch": 512} if name == "opefo" else {}
+    agg = {"agg": "sequence"} if name in ("gspo", "holder_po", "dr_grpo") else {}
+    logp, entropy = (torch.zeros(0, requires_grad=True) for _ in range(2))
+    none = torch.zeros(0)
+    loss, flags = load(name, **per_step, **agg).policy_loss(logp, none, none, entropy, [], 0.2, 0.28)
+    loss.sum().backward()
+    assert loss.shape == (0,) and all(len(v) == 0 for v in flags.values())
 
 
 # --------------------------------------------------------------------------------------------------------------- whole steps
@@ -424,6 +463,9 @@ def test_a_reference_costs_nothing_but_its_term(config, tmp_path):
     on = first_line(config, tmp_path / "on", two, "method=kl", "method_args.coef=0.5")
     assert off["actor/grad_norm"] == plain["actor/grad_norm"], "beta 0 is plain, bit for bit"
     assert 0 < on["actor/ref_kl"] < 1e-3 and on["actor/grad_norm"] != plain["actor/grad_norm"]
+    cure.main(["--config", config, f"out_dir={tmp_path}/two", "max_steps=2", "eval_data=", "prompts_per_minibatch=4", "method=kl"])
+    first, second = (m["actor/ref_kl"] for m in train_lines(tmp_path / "two"))
+    assert first == 0 < second, "one minibatch a step: at first the policy is the reference, which does not move with it"
 
 
 @pytest.mark.parametrize(("name", "settings"), [("adaptive_entropy", ["method_args.target=5", "method_args.delta=0.001"]),
@@ -458,3 +500,4 @@ def test_every_method_takes_two_steps(config, tmp_path, capsys):
     code = smoke.main(["--config", config, "--out", str(tmp_path), "prompts_per_round=4"])
     print(out := capsys.readouterr().out)
     assert code == 0 and len(out.splitlines()) == len(smoke.METHODS) + 1
+    assert all(np.isfinite(float(cell)) for line in out.splitlines()[1:] for cell in re.findall(r"  ([+-]?[\d.]+|nan)", line)[:4])

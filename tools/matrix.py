@@ -34,7 +34,8 @@ ARMS = {  # arm: config, and what differs
     "8020": ["countdown-8020", "stages.mask8020.steps=1000"],
     "random20": ["countdown-8020", "stages.mask8020.steps=1000", "entropy_mask_side=random"],  # its null
 }
-ALL = {name: own + ["stages.dapo.steps=1000"] * (own[0] == "countdown-dapo") for name, own in METHODS.items()} | ARMS
+LONG = {"countdown-dapo": ["stages.dapo.steps=1000"], "countdown": []}
+ALL = {name: [config, *LONG[config], *own] for name, (config, *own) in METHODS.items()} | ARMS
 REGIMES = {  # regime: arms, steps between evaluations, steps of stage 1, budgets, seeds, and what differs
     "plain": (list(ARMS), 20, 40, BUDGETS, SEEDS, []),
     "hard": (["cure", "random", "dapo"], 5, 15, BUDGETS, SEEDS,

@@ -14,27 +14,28 @@ import sys
 import cure
 from lib.config import HERE
 from lib.files import aligned
-from tools.common import command_line, read_run, warn
+from tools.common import command_line, read_run, value, warn
 
 # name: the config of its longer run, and the settings that make it what it is
+DAPO = ["n1=16", "n2=0"]  # what makes the first stage of configs/countdown.yaml that of countdown-dapo
 METHODS = {
     "dapo": ["countdown-dapo"],
     "cispo": ["countdown-dapo", "method=cispo"],
     "gspo": ["countdown-dapo", "method=gspo", "agg=sequence"],
-    "holder_po": ["countdown-dapo", "method=holder_po", "agg=sequence"],
+    "holder_po": ["countdown-dapo", "method=holder_po", "agg=sequence", "stages.dapo.steps=20"],
     "dr_grpo": ["countdown-dapo", "method=dr_grpo", "agg=sequence"],
     "rloo": ["countdown-dapo", "method=rloo"],
     "maxrl": ["countdown-dapo", "method=maxrl"],
     "pass_k": ["countdown-dapo", "method=pass_k"],
     "entropy_bonus": ["countdown-dapo", "method=entropy_bonus"],
-    "adaptive_entropy": ["countdown-dapo", "method=adaptive_entropy"],
+    "adaptive_entropy": ["countdown-dapo", "method=adaptive_entropy", "method_args={target: 0.9, delta: 0.001}"],
     "entropy_shaped": ["countdown-dapo", "method=entropy_shaped"],
     "eapo": ["countdown-dapo", "method=eapo"],
     "kl": ["countdown-dapo", "method=kl"],
     "clip_cov": ["countdown-dapo", "method=clip_cov"],
     "kl_cov": ["countdown-dapo", "method=kl_cov"],
     "opefo": ["countdown-dapo", "method=opefo", "prompts_per_minibatch=${prompts_per_step}"],
-    "lp_reg": ["countdown-dapo", "method=lp_reg"],
+    "lp_reg": ["countdown-dapo", "method=lp_reg", "clip_low=1", "clip_high=9"],
     "htpo": ["countdown-dapo", "method=htpo"],
     "spo_mask": ["countdown-dapo", "method=spo_mask"],
     "cure": ["countdown"],
@@ -83,16 +84,17 @@ def main(argv):
     rows, failed = [["method", *COLUMNS, "of its own"]], 0
     for name in args.only.split(","):
         folder = f"{args.out}/{name.replace(' ', '_')}"
-        argv = ["--config", args.config, f"out_dir={folder}", *SMALL, *METHODS[name][1:], *args.overrides]
-        lines = run(argv, folder)
+        config, *own = METHODS[name]
+        own = (DAPO if config == "countdown-dapo" else []) + [o for o in own if not o.startswith("stages.")]
+        lines = run(["--config", args.config, f"out_dir={folder}", *SMALL, *own, *args.overrides], folder)
         if not lines:
             warn(f"error: {name} failed, see {folder}.log")
             failed = 1
             continue
         last = lines[-1]
         own = {k.split("/")[1]: v for k, v in last.items() if k.startswith("method/") or v and k in OWN}
-        rows.append([name, *(f"{last[k]:{form}}" if k in last else "" for k, form in COLUMNS.values()),
-                     ", ".join(f"{k} {v:.3g}" for k, v in own.items())])
+        cells = [(value(last, k), form) for k, form in COLUMNS.values()]  # nan where a run logs none
+        rows.append([name, *(f"{v:{form}}" for v, form in cells), ", ".join(f"{k} {v:.3g}" for k, v in own.items())])
     print(aligned(rows))
     return failed
 
