@@ -1,0 +1,1 @@
+"""Six functions with one mistake each, and the properties that find it."""
