@@ -181,7 +181,7 @@ def test_an_exercise_is_one_short_function_below_a_docstring_without_a_comment()
         assert isinstance(f, ast.FunctionDef) and 5 <= f.end_lineno - f.lineno + 1 <= 20, path.name
         assert f.name == check.EXERCISES[n][1].__name__ and check.EXERCISES[n][1].__module__.endswith(path.stem)
         doc = ast.get_docstring(tree)
-        assert doc.startswith(f"Exercise {n}: ") and "\nSource" in doc and "\nShipped by: " in doc, path.name
+        assert doc.startswith(f"Exercise {n}: ") and "\nSource" in doc and "\nSeen in: " in doc, path.name
         assert "#" not in text.replace(doc, ""), f"{path.name}: a comment could give the mistake away"
     assert sum(len(p.read_text().splitlines()) for p in FOLDER.glob("*.py")) < 330
 
