@@ -20,7 +20,7 @@ def policy_loss(logp, old_logp, advantage, entropy, rows, clip_low, clip_high, *
 
 
 def step_settings(state, progress, rows, *, coef=0.0, target=0.4, anchored=True, delta=1e-4, most=0.005):
-    """The coefficient of this step. state: first, the first step's entropy, nats; coef, before the gate.  (AER-1)"""
+    """The coefficient of this step. state: first, the first step's entropy, nats; coef, before the gate."""
     h = float(np.concatenate([r.entropy for r in rows]).mean(dtype=np.float64))
     below = h < target * (state.setdefault("first", h) if anchored else 1.0)
     state["coef"] = min(most, max(0.0, state.get("coef", coef) + (delta if below else -delta)))

@@ -8,7 +8,7 @@ absolute bound that TRL recommends, after ScaleRL (arXiv 2510.13786). verl's is 
 
 
 def policy_loss(logp, old_logp, advantage, entropy, rows, clip_low, clip_high, *, ratio_max=5.0):
-    """See loss.policy_loss. clip_low and clip_high are not used.  (CISPO-1)"""
+    """See loss.policy_loss. clip_low and clip_high are not used."""
     ratio = (logp - old_logp).detach().clamp(-20, 20).exp()
     return -ratio.clamp(max=ratio_max) * advantage * logp, {"pg_clipfrac": ratio > ratio_max}
 

@@ -15,14 +15,14 @@ WHOLE_RESPONSES = True
 
 
 def group_advantages(scores, groups, parents):
-    """s - mean over each group, (N,) fp32. See loss.group_advantages.  (DRGRPO-1)"""
+    """s - mean over each group, (N,) fp32. See loss.group_advantages."""
     _, g = torch.unique(groups, return_inverse=True)
     s = scores.double()
     return (s - (torch.bincount(g, weights=s) / torch.bincount(g))[g]).float()
 
 
 def policy_loss(logp, old_logp, advantage, entropy, rows, clip_low, clip_high, *, max_response_tokens):
-    """loss.policy_loss times length / max_response_tokens: agg=sequence then divides by the length.  (DRGRPO-2)"""
+    """loss.policy_loss times length / max_response_tokens: agg=sequence then divides by the length."""
     loss, flags = ppo(logp, old_logp, advantage, entropy, rows, clip_low, clip_high)
     lengths = response_lengths(rows, logp.device)
     return loss * lengths.repeat_interleave(lengths) / max_response_tokens, flags

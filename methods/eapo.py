@@ -13,7 +13,7 @@ from rollout import response_lengths
 
 
 def shaped(advantage, entropy, rows, alpha, phi):
-    """The advantage of each token, (T,).  (EAPO-1)"""
+    """The advantage of each token, (T,)."""
     lengths = response_lengths(rows, entropy.device)
     n, h = lengths.repeat_interleave(lengths), entropy.detach()
     deviation = h - sequence_sums(h, lengths) / n

@@ -12,7 +12,7 @@ from loss import policy_loss as ppo
 
 
 def policy_loss(logp, old_logp, advantage, entropy, rows, clip_low, clip_high, *, alpha=0.4, kappa=2.0):
-    """loss.policy_loss with the shaped advantage.  (SHAPED-1)"""
+    """loss.policy_loss with the shaped advantage."""
     bonus = torch.minimum(alpha * entropy.detach(), advantage.abs() / kappa)
     return ppo(logp, old_logp, advantage + bonus, entropy, rows, clip_low, clip_high)
 

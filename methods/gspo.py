@@ -17,7 +17,7 @@ WHOLE_RESPONSES = True
 
 def policy_loss(logp, old_logp, advantage, entropy, rows, clip_low, clip_high, *,
                 low=3e-4, high=4e-4, level="sequence"):  # fmt: skip
-    """See loss.policy_loss. clip_low and clip_high are not used.  (GSPO-1)"""
+    """See loss.policy_loss. clip_low and clip_high are not used."""
     lengths = response_lengths(rows, logp.device)
     mean = sequence_sums(logp - old_logp, lengths) / lengths.repeat_interleave(lengths)
     if level == "token":

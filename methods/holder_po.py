@@ -26,7 +26,7 @@ def log_power_mean(log_ratio, lengths, p):
 
 
 def policy_loss(logp, old_logp, advantage, entropy, rows, clip_low, clip_high, *, p=2.0, low=0.2, high=0.2):
-    """See loss.policy_loss. clip_low and clip_high are not used.  (HOLDER-1)"""
+    """See loss.policy_loss. clip_low and clip_high are not used."""
     lengths = response_lengths(rows, logp.device)
     log_rho = log_power_mean((logp - old_logp).clamp(-20, 20), lengths, p)
     return clipped(log_rho.clamp(-20, 20).exp(), advantage, low, high)

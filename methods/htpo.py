@@ -19,7 +19,7 @@ from rollout import response_lengths
 
 
 def token_groups(rows, entropy, hard_below):
-    """bool (T,) each: hard prompt, right response, high entropy, and what is left out.  (HTPO-1)"""
+    """bool (T,) each: hard prompt, right response, high entropy, and what is left out."""
     high, dropped = [], []
     for r, h in zip(rows, entropy.detach().split([len(r.response_ids) for r in rows]), strict=True):
         top = h >= h.topk(max(1, int(0.2 * len(h)))).values[-1]
@@ -38,7 +38,7 @@ def token_groups(rows, entropy, hard_below):
 
 
 def policy_loss(logp, old_logp, advantage, entropy, rows, clip_low, clip_high, *, hard_below=0.6):
-    """See loss.policy_loss.  (HTPO-2)"""
+    """See loss.policy_loss."""
     hard, right, high, dropped = token_groups(rows, entropy, hard_below)
     ratio = (logp - old_logp).clamp(-20, 20).exp()
     plain, cut = -advantage * ratio, -advantage * ratio.clamp(1 - clip_low, 1 + clip_high)

@@ -16,7 +16,7 @@ REFERENCE = True
 
 
 def policy_loss(logp, old_logp, advantage, entropy, rows, clip_low, clip_high, *, coef=0.001):
-    """loss.policy_loss + coef k3, k3 itself differentiated, as in GRPO and verl, which caps it at 10.  (KL-1)"""
+    """loss.policy_loss + coef k3, k3 itself differentiated, as in GRPO and verl, which caps it at 10."""
     loss, flags = ppo(logp, old_logp, advantage, entropy, rows, clip_low, clip_high)
     d = (logp - token_column(rows, lambda r: r.ref_logp, logp.device)).clamp(-20, 20)
     k3 = (-d).expm1() + d
@@ -24,7 +24,7 @@ def policy_loss(logp, old_logp, advantage, entropy, rows, clip_low, clip_high, *
 
 
 def step_settings(state, progress, rows, *, coef=0.001, target=0.0, horizon=10000):
-    """The coefficient of this step. state: coef.  (KL-2)"""
+    """The coefficient of this step. state: coef."""
     if target > 0:
         d = np.concatenate([r.old_logp - r.ref_logp for r in rows]).astype(np.float64)
         error = float(np.clip((np.expm1(-d) + d).mean() / target - 1, -0.2, 0.2))

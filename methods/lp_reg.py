@@ -27,7 +27,7 @@ def position_statistic(logp, entropy, tokens, *, kappa=0.02):
 
 
 def survey_minibatch(rows, logp, old_logp, advantage, generator, clip_low, clip_high, *, share=0.01):
-    """1 for the max(1, int(share n)) least likely of the n tokens with A < 0, else 0.  (LPREG-1)"""
+    """1 for the max(1, int(share n)) least likely of the n tokens with A < 0, else 0."""
     negative = advantage < 0
     n = int(negative.sum())
     order = logp.masked_fill(~negative, math.inf).argsort(stable=True)
@@ -37,7 +37,7 @@ def survey_minibatch(rows, logp, old_logp, advantage, generator, clip_low, clip_
 
 
 def policy_loss(logp, old_logp, advantage, entropy, rows, clip_low, clip_high, *, beta=1.0):
-    """See loss.policy_loss.  (LPREG-2)"""
+    """See loss.policy_loss."""
     loss, flags = ppo(logp, old_logp, advantage, entropy, rows, clip_low, clip_high, clip_dual=math.inf)
     proxy = token_column(rows, lambda r: r.statistic, logp.device)
     saved = (token_column(rows, lambda r: r.survey["low"], logp.device) > 0) & (logp.detach() < proxy)

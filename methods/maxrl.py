@@ -10,7 +10,7 @@ import torch
 
 
 def group_advantages(scores, groups, parents):
-    """(N,) fp32, 0 where no rollout of the group is right. See loss.group_advantages.  (MAXRL-1)"""
+    """(N,) fp32, 0 where no rollout of the group is right. See loss.group_advantages."""
     _, g = torch.unique(groups, return_inverse=True)
     s = ((scores.double() + 1) / 2).clamp(0, 1)
     mean = (torch.bincount(g, weights=s) / torch.bincount(g))[g]

@@ -22,7 +22,7 @@ def position_statistic(logp, entropy, tokens):
 
 
 def entropy_change(logp, advantage, entropy, statistic):
-    """dH / eta of each token, all (N,).  (OPEFO-1)"""
+    """dH / eta of each token, all (N,)."""
     return -advantage * (logp.exp() * (logp + entropy) - statistic)
 
 

@@ -15,7 +15,7 @@ import torch
 
 
 def group_advantages(scores, groups, parents, *, k=4):
-    """(N,) fp32. See loss.group_advantages. AssertionError: a group smaller than k.  (PASSK-1)"""
+    """(N,) fp32. See loss.group_advantages. AssertionError: a group smaller than k."""
     out = torch.zeros(len(scores))
     for g in groups.unique():
         mine, right = groups == g, scores[groups == g] > 0

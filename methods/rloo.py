@@ -10,6 +10,6 @@ from methods.dr_grpo import group_advantages as centred
 
 
 def group_advantages(scores, groups, parents):
-    """(N,) fp32. A group of one has A = 0. See loss.group_advantages.  (RLOO-1)"""
+    """(N,) fp32. A group of one has A = 0. See loss.group_advantages."""
     n = (groups[:, None] == groups).sum(1)
     return centred(scores, groups, parents) * n / (n - 1).clamp(min=1)

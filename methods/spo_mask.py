@@ -9,7 +9,7 @@ from rollout import token_column
 
 
 def token_mask(entropy, rows, rho, side, generator, *, below=0.9):
-    """bool (T,), by the probabilities of before the step's first update. See loss.token_mask.  (SPO-1)"""
+    """bool (T,), by the probabilities of before the step's first update. See loss.token_mask."""
     return token_column(rows, lambda r: r.old_logp, entropy.device).exp() < below
 
 

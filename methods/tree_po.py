@@ -13,7 +13,7 @@ import torch
 
 
 def group_advantages(scores, groups, parents, *, equal=False):
-    """(N,) fp32. See loss.group_advantages.  (TREEPO-1)"""
+    """(N,) fp32. See loss.group_advantages."""
     out = torch.zeros(len(scores), dtype=torch.float64)
     for g in groups.unique():
         mine = (groups == g).nonzero()[:, 0]

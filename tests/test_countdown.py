@@ -291,6 +291,19 @@ def test_problems_are_solved_by_their_traces_and_depend_on_their_generator_alone
     assert countdown_problem(random.Random(7)) == countdown_problem(random.Random(7)) and random.getstate() == state
 
 
+def test_problems_for_a_real_model_come_with_solutions_in_tinyzeros_form(tmp_path):
+    """The command that configs/smollm2-countdown.yaml names: each solution is right by both forms of the verifier."""
+    done = subprocess.run([sys.executable, "-m", "lib.countdown", "200"], capture_output=True, text=True, cwd=ROOT, check=True)
+    (tmp_path / "made.jsonl").write_text(done.stdout)
+    rows, counts = load_rows(f"{tmp_path}/made.jsonl")
+    assert counts["kept"] == 200 and len({(*sorted(read_gold(r["answer"])[0]), r["answer"].split()[-1]) for r in rows}) == 200
+    for row in rows:
+        assert graded(row["solution"], row["answer"])[0]
+        think = row["solution"].split("<think>\n")[1].split("</think>")[0]
+        assert graded(think.strip().replace(" ", "").replace("\n", ";"), row["answer"])[0], "the steps lead there, too"
+        assert row["solution"].endswith(" </answer>")
+
+
 def test_the_counts_of_walks_are_those_of_walks():
     rng, numbers = random.Random(0), (9, 5, 2)
     ends, found = walk_ends(numbers), Counter()
