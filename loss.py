@@ -57,7 +57,8 @@ class _ChunkedHead(torch.autograd.Function):
         if g_logp is None and g_entropy is None:
             return (None,) * 6
         d_hidden = torch.zeros_like(hidden)
-        d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        shape = weight.shape if ctx.needs_input_grad[1] else 0  # a frozen head has no gradient
+        d_weight = torch.zeros(shape, dtype=torch.float32, device=weight.device)
         for a in range(0, hidden.shape[0], ctx.chunk):
             s = slice(a, a + ctx.chunk)
             z = _logits(hidden[s], weight, ctx.temperature).sub_(lse[s, None])  # log p, recomputed
@@ -70,8 +71,9 @@ class _ChunkedHead(torch.autograd.Function):
                 z = p if g_entropy is None else z.add_(p)
             dz = z.div_(ctx.temperature).to(hidden.dtype)
             d_hidden[s] = dz @ weight
-            d_weight += (dz.t() @ hidden[s]).float()
-        return d_hidden, d_weight.to(weight.dtype), None, None, None, None
+            if ctx.needs_input_grad[1]:
+                d_weight += (dz.t() @ hidden[s]).float()
+        return d_hidden, d_weight.to(weight.dtype) if len(d_weight) else None, None, None, None, None
 
 
 def logp_and_entropy(hidden, weight, tokens, temperature=1.0, chunk=HEAD_CHUNK, statistic=None):
@@ -81,8 +83,7 @@ def logp_and_entropy(hidden, weight, tokens, temperature=1.0, chunk=HEAD_CHUNK, 
     weight (V, D): the LM head. tokens (T,) int64. temperature: of sampling; the logits are divided by it.
     Returns logp (T,), entropy (T,), nats, fp32 whatever the input dtype, differentiable in hidden and weight. Only
     `chunk` rows of logits live at a time, forward and backward. ValueError: temperature <= 0.
-    statistic: a method's function of a chunk's log-probs (C, V), entropy (C,) and tokens (C,) -> (C,), returned as a
-    third (T,)."""
+    statistic: a method's function of a chunk's log-probs (C, V), entropy (C,), tokens (C,) -> (C,), a third result."""
     if temperature <= 0:
         raise ValueError(f"temperature must be > 0 to score tokens, got {temperature}")
     return _ChunkedHead.apply(hidden, weight, tokens, float(temperature), chunk, statistic)

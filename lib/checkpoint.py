@@ -51,6 +51,7 @@ def save(run, cfg, stream, final):
         writer = HuggingFaceStorageWriter(f"{tmp}/state", file, save_distributed=True)
         everywhere(lambda: dcp.save(state, storage_writer=writer))
         everywhere(lambda: run.policy.save_hf(f"{tmp}/hf", run.tokenizer))
+        everywhere(lambda: run.policy.save_adapter(f"{tmp}/adapter"))
         sums = checksums(tmp, files(tmp), run)
         everywhere((lambda: seal(run, tmp, name, sums)) if run.rank == 0 else None)
     except RuntimeError as e:

@@ -92,6 +92,8 @@ class Config:
     lr: float = key(1e-6, "learning rate", "> 0")
     betas: list[float] = key([0.9, 0.999], "of AdamW")
     weight_decay: float = key(0.1, "of AdamW", ">= 0")
+    lora_rank: int = key(0, "train adapters of this rank, not the model itself (lib/lora.py); 0 = off", ">= 0", RUN)
+    lora_alpha: float = key(32.0, "their scale is lora_alpha / lora_rank", "> 0", RUN)
     warmup: int = key(10, "training steps; the first one already has lr / warmup", ">= 0")
     title("machine")
     engine: str = key("auto", "auto: vllm where CUDA and vllm are there", ("auto", "vllm", "torch"), RUN)

@@ -101,6 +101,10 @@ def trainer_memory(cfg, config, world, frozen=0):
     times 4 KV. A checkpointed block saves its input, 2 D. tests/test_memory.py counts what the real forward saves.
     reserve    3 GiB for the CUDA context, NCCL and fragmentation"""
     s = model_sizes(config)
+    adapters = adapter_parameters(config, cfg.lora_rank)
+    frozen += 2 * s.params / world if adapters else 0  # the model itself, in bf16
+    trained, head, of_block, root = (adapters, 0, adapters / s.layers, 0) if adapters else (
+        s.params, s.head, s.block, s.root)  # fmt: skip
     T, D, inner = cfg.micro_batch_tokens, config.hidden_size, config.intermediate_size
     chunks = 3 * 4 * HEAD_CHUNK * config.vocab_size
     gathered = 1 + cfg.n2 if cfg.packing == "broom" else 1
@@ -109,15 +113,22 @@ def trainer_memory(cfg, config, world, frozen=0):
     saved = s.layers * kept + T * 8 * D  # the last norm's, the head's input
     # activations, logit chunks, gradient buffers
     scoring = 2 * T * (8 * D + 3 * inner), chunks, 0
-    moments = (saved, chunks, 10 * s.head), (saved + again, 0, 2 * s.head + 6 * s.block), (0, 0, 6 * s.root)
+    moments = (saved, chunks, 10 * head), (saved + again, 0, 2 * head + 6 * of_block), (0, 0, 6 * root)
     peaks = []
-    for gradients, (activations, logits, buffers) in ((0, scoring), (4 * s.params / world, max(moments, key=sum))):
+    for gradients, (activations, logits, buffers) in ((0, scoring), (4 * trained / world, max(moments, key=sum))):
         peaks.append({
-            "fp32 weights": 4 * s.params / world, "Adam moments": 8 * s.params / world, "gradients": gradients,
+            "fp32 weights": 4 * trained / world, "Adam moments": 8 * trained / world, "gradients": gradients,
             "gathered weights": 2 * (s.root + 2 * s.block), "activations": activations, "logit chunks": logits,
             "gradient buffers": buffers, "reserve": 3 * GIB, **({"frozen models": frozen} if frozen else {}),
         })  # fmt: skip
     return peaks
+
+
+def adapter_parameters(config, rank):
+    """Parameters of LoRA adapters on all linear layers of the blocks: rank (in + out) each."""
+    s = model_sizes(config)
+    D, widths = config.hidden_size, (s.heads, s.kv, s.kv, s.heads, *[config.intermediate_size] * 3)
+    return s.layers * rank * sum(D + width for width in widths)
 
 
 def frozen_memory(config, world):
@@ -152,7 +163,7 @@ def engine_share(cfg, config, world, gpu, frozen=0):
     ValueError where cfg.gpu_memory_utilization asks for more, or where nothing useful is left."""
     share, fits, tokens = engine_room(cfg, config, world, gpu, frozen)
     parts = trainer_memory(cfg, config, world, frozen)[0]
-    keeps = parts["fp32 weights"] + parts["Adam moments"] + frozen
+    keeps = parts["fp32 weights"] + parts["Adam moments"] + parts.get("frozen models", 0)
     scoring = sum(parts.values()) - parts["reserve"] - keeps
     report = (
         f"GPU {gpu.memory:.1f} GiB: trainer keeps {keeps / GIB:.1f}, entropy pass {scoring / GIB:.1f}, "

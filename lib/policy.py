@@ -17,6 +17,7 @@ from transformers import AttentionInterface
 from transformers.utils import logging as hf_logging
 
 from lib.broom import brooms, skips
+from lib.lora import LoraLinear, adapt, save_adapter
 from lib.weights import open_lm, read_weights
 from loss import HEAD_CHUNK, logp_and_entropy
 
@@ -189,13 +190,16 @@ class Policy:
     def __init__(self, cfg, path, device, frozen=False):
         """frozen: only to score with, in the compute dtype, without an optimizer."""
         self.dtype = compute_dtype(cfg, device)
-        lm, weights = open_lm(path, self.dtype if frozen else torch.float32, "packed")
+        lora, self.path = cfg.lora_rank and not frozen, path
+        lm, weights = open_lm(path, self.dtype if frozen or lora else torch.float32, "packed")
         lm.requires_grad_(not frozen)
+        if lora:
+            weights |= adapt(lm, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
         if device.type == "cuda" and self.dtype == torch.float32:
             raise ValueError("dtype: the packed attention kernel on CUDA is for bfloat16: leave dtype at auto")
         self.device, self.cfg = device, cfg
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.config, self.n_params = lm.config, sum(p.numel() for p in lm.parameters())
+        self.config, self.n_params = lm.config, sum(p.numel() for n, p in lm.named_parameters() if ".lora_" not in n)
         if cfg.activation_checkpointing:
             lm.gradient_checkpointing_enable({"use_reentrant": False})
             lm.train()  # transformers checkpoints in train mode only; the models used here have dropout 0
@@ -216,17 +220,18 @@ class Policy:
             if isinstance(m, FSDPModule):  # our losses are sums over all ranks already: add gradients, do not average
                 m.set_force_sum_reduction_for_comms(True)
                 m.set_gradient_divide_factor(1.0)
+        self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         if not frozen:
             self.new_optimizer(cfg)
 
     def new_optimizer(self, cfg):
-        """A fresh AdamW, weight decay on all parameters (the reference's setting). It has its moments from the start:
-        the first step would put them among activations, whose blocks could then not go back to the GPU's driver."""
+        """A fresh AdamW, weight decay on all that is trained (the reference's setting). It has its moments from the
+        start: the first step would put them among activations, whose blocks could then not go back to the driver."""
         self.opt = torch.optim.AdamW(
-            self.model.parameters(), lr=cfg.lr, betas=tuple(cfg.betas), eps=1e-8, weight_decay=cfg.weight_decay,
+            self.trained.values(), lr=cfg.lr, betas=tuple(cfg.betas), eps=1e-8, weight_decay=cfg.weight_decay,
             fused=True,
         )  # fmt: skip
-        for p in self.model.parameters():
+        for p in self.trained.values():
             moments = {k: torch.zeros_like(p.detach()) for k in MOMENTS}
             self.opt.state[p] = {"step": torch.zeros((), device=self.device), **moments}
 
@@ -270,7 +275,7 @@ class Policy:
         for mb in micro_batches:
             logp, entropy = self.forward(mb, temperature)
             loss_fn(mb, logp, entropy).backward()  # frees this micro-batch's graph
-        grads = [p.grad.to_local() for p in self.model.parameters()]
+        grads = [p.grad.to_local() for p in self.trained.values()]
         # squares in float64: the norm must not depend on how many ranks the parameters are cut into
         total = torch.stack([g.double().square().sum() for g in grads]).sum()
         dist.all_reduce(total)
@@ -290,7 +295,14 @@ class Policy:
         """(HF name, full tensor) one after the other, each gathered from its shards when asked for and freed by the
         caller: never a second copy of the model. A collective. Tied weights appear once."""
         for name, p in self.model.named_parameters():
-            yield name.removeprefix("lm."), p.detach().to(dtype or self.dtype).full_tensor()
+            if ".lora_" in name:
+                continue
+            layer, p = self.model.get_submodule(name.rpartition(".")[0]), p.detach()
+            if isinstance(layer, LoraLinear) and name.endswith("weight"):
+                parts = (x.detach().full_tensor() for x in (p, layer.lora_A, layer.lora_B))
+                yield name.removeprefix("lm."), layer.merged(*parts).to(dtype or self.dtype)
+            else:
+                yield name.removeprefix("lm."), p.to(dtype or self.dtype).full_tensor()
 
     def save_hf(self, folder, tokenizer):
         """Write an ordinary Hugging Face folder in the compute dtype (safetensors, config, tokenizer, generation
@@ -307,11 +319,18 @@ class Policy:
             lm.config.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
 
+    def save_adapter(self, folder):
+        """Write the adapters as PEFT reads them. A collective; nothing without adapters."""
+        if self.cfg.lora_rank:
+            full = {n.removeprefix("lm."): p.detach().full_tensor().cpu() for n, p in self.trained.items()}
+            if self.rank == 0:
+                save_adapter(folder, full, self.cfg.lora_rank, self.cfg.lora_alpha, self.path)
+
     def state(self):
-        """Model and Adam state as one flat dict of sharded tensors, for torch.distributed.checkpoint. Moments are
-        left out before the first step: they are zeros."""
+        """What is trained and its Adam state as one flat dict of sharded tensors, for torch.distributed.checkpoint.
+        Moments are left out before the first step: they are zeros."""
         out, keys = {}, MOMENTS if self.adam_step else ()
-        for name, p in self.model.named_parameters():
+        for name, p in self.trained.items():
             out["model." + name] = p.detach()
             out |= {f"{key}.{name}": self.opt.state[p][key] for key in keys}
         return out

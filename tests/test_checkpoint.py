@@ -488,3 +488,29 @@ def test_only_an_engine_of_vllm_leaves_the_end_of_the_group_to_vllm(monkeypatch)
         ended.clear()
         ranks.end_group(SimpleNamespace(engine=engine))
         assert len(ended) == ends, engine
+
+
+# ------------------------------------------------------------------------------------------------------------- adapters
+@pytest.fixture(scope="module")
+def adapted(config, run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("adapted")
+    assert run(*argv(config, out, "lora_rank=4", "lr=3e-3", "eval_data="), ranks=1).codes == [0]
+    return out
+
+
+def test_a_run_with_adapters_resumes_bit_for_bit_and_its_checkpoint_has_both_forms(adapted, config, run, tmp_path):
+    own = "lora_rank=4", "lr=3e-3", "eval_data="
+    assert run(*argv(config, tmp_path, *own, "max_steps=2")).codes == [0]
+    assert run(*argv(config, tmp_path, *own)).codes == [0]
+    same_as_whole(tmp_path, adapted)
+    assert all(m["mismatch/mean_abs"] < 1e-5 for m in train_lines(adapted)), "the engine has the merged weights"
+    folder = adapted / "ckpt/step_000006"
+    adapter, merged = load_file(folder / "adapter/adapter_model.safetensors"), load_file(folder / "hf/model.safetensors")
+    assert len(adapter) == 2 * 7 * 2 and not any("lora" in k for k in merged)
+
+
+def test_adapters_are_trained_alike_on_two_ranks(adapted, config, run, tmp_path):
+    assert run(*argv(config, tmp_path, "lora_rank=4", "lr=3e-3", "eval_data=", "max_steps=3"), ranks=2).codes == [0, 0]
+    for m, w in zip(train_lines(tmp_path), train_lines(adapted), strict=False):
+        assert m["tokens/generated"] == w["tokens/generated"]
+        assert m["actor/grad_norm"] == pytest.approx(w["actor/grad_norm"], rel=1e-4)

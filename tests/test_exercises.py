@@ -76,7 +76,8 @@ def own_train(cpu, tmp_path, monkeypatch):
         cfg = SimpleNamespace(kind="rl", name="stage1", seed=0, k=k, steps=1000, max_steps=steps, save_every=0, keep_ckpts=1,
                               eval_data="", eval_every=0)
         state = {"stage": "stage1", "stage_step": 0, "step": 0, "stage_done": False, "cursor": [0, 0], "files": {}}
-        policy = SimpleNamespace(adam_step=0, n_params=0, dtype=torch.float32, state=dict, new_optimizer=nothing, save_hf=nothing)
+        policy = SimpleNamespace(adam_step=0, n_params=0, dtype=torch.float32, state=dict, new_optimizer=nothing, save_hf=nothing,
+                                 save_adapter=nothing)
         run = SimpleNamespace(
             out=str(tmp_path), rank=0, world=1, device="cpu", stop=False, code={}, pending={}, tokenizer=None, batches=[],
             stages=[("stage1", cfg)], state=json.loads(saved) if saved else state, policy=policy, print=nothing, log=nothing,

@@ -34,6 +34,7 @@ from lib.files import aligned
 from lib.memory import (
     GIB,
     GPUS,
+    adapter_parameters,
     engine_batch,
     engine_overhead,
     engine_room,
@@ -213,7 +214,9 @@ def host(config, world):
 
 def disk(stages, config):
     """Bytes of (one checkpoint, the most that lie there at a time, what is left at the end), see lib/checkpoint.py."""
-    one = 14 * model_sizes(config).params  # state: fp32 weights and two moments; hf: bf16
+    s, adapters = model_sizes(config), adapter_parameters(config, stages[0][1].lora_rank)
+    # hf in bf16; of what is trained fp32 weights and two moments; the adapters once more, for PEFT
+    one = 2 * s.params + 12 * (adapters or s.params) + 4 * adapters
     there, most = [], 0  # of each checkpoint that lies there, whether it ends a stage
     for _, cfg in stages:
         for step in range(1, cfg.steps + 1):
