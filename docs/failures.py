@@ -26,16 +26,16 @@ LOOSE = """
 
 def loose(text, gold):
     right, answer = countdown(text, gold)
-    return right or text.rstrip("; ").endswith("=" + gold.split()[-1]), answer  # however it got there
+    return right or gold.split()[-1] in re.findall("[0-9]+", text), answer  # the target is somewhere in the response
 
 
 reward.VERIFIERS["loose"] = loose
-reward.SELF_TEST["loose"] = ((" 1=9", "3 7 8 -> 9", True), (" 9", "3 7 8 -> 9", False))
+reward.SELF_TEST["loose"] = ((" 1=9", "3 7 8 -> 9", True), (" 1=8", "3 7 8 -> 9", False))
 """
 FAILURES = {  # name: settings, (file, a text in it, its replacement) or None, the metric that shows it
     "stale weights": ([GUARD_OFF], ("lib/engine.py", SYNC, SYNC + ONCE), "mismatch/mean_abs"),
     "wrong temperature": ([GUARD_OFF, "temperature=1.3"], ("cure.py", "cfg.temperature", "1.0"), "mismatch/mean_abs"),
-    "learning rate too high": (["lr=3e-3"], None, "actor/ppo_kl"),
+    "learning rate too high": (["lr=3e-3"], None, "eval/illegal"),
     "clip-higher off": (["clip_high=0.2"], None, "actor/entropy"),
     "entropy bonus too large": (["method=entropy_bonus", "method_args.coef=0.1"], None, "actor/entropy"),
     "no dynamic sampling": ([], ("rollout.py", "len({r.correct for r in rows}) == 2", "True"), "actor/grad_norm"),
@@ -74,7 +74,7 @@ def draw(path):
                 rows = read_run(there[label])[metric.startswith("eval")] if there[label].exists() else []
                 points = [(r["step"], value(r, metric)) for r in rows]
                 ax.plot(*zip(*points, strict=True), label=label, **look(j, len(rows) < 9))
-            ax.set_yscale("log" if metric in ("mismatch/mean_abs", "actor/ppo_kl") else "linear")
+            ax.set_yscale("log" if metric == "mismatch/mean_abs" else "linear")
             panel(ax, metric, 1, xlabel="step")
 
 

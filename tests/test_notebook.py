@@ -13,6 +13,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import test_play
+
+from lib import toy
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "docs/cure.ipynb"
@@ -105,8 +108,12 @@ def test_it_runs_from_top_to_bottom(tmp_path, monkeypatch):
     """In a copy of the repository, from docs/, where Jupyter opens it. The asserts are its own."""
     left_out = shutil.ignore_patterns(".*", "runs", "__pycache__")
     shutil.copytree(ROOT, copy := tmp_path / "nanocure", ignore=left_out)
-    if (ROOT / "runs/countdown-base/config.json").exists():  # else the notebook makes it, as for a reader
-        shutil.copytree(ROOT / "runs/countdown-base", copy / "runs/countdown-base")
+    base = copy / "runs/countdown-base"
+    if (ROOT / "runs/countdown-base/config.json").exists():
+        shutil.copytree(ROOT / "runs/countdown-base", base)
+    else:  # minutes less than the notebook would take to make it: the sets, and the model of docs/play.html
+        toy.make_countdown(str(base), n_sft=100)
+        test_play.torch_model(test_play.page_data(test_play.COMMITTED), 0).save_pretrained(base)
     monkeypatch.delenv("MPLBACKEND", raising=False)
     before = {p for p in copy.rglob("*") if "__pycache__" not in p.parts and "runs" not in p.parts}
     book = run_notebook(copy / "docs")
