@@ -13,9 +13,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import test_play
-
-from lib import toy
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "docs/cure.ipynb"
@@ -112,6 +109,9 @@ def test_it_runs_from_top_to_bottom(tmp_path, monkeypatch):
     if (ROOT / "runs/countdown-base/config.json").exists():
         shutil.copytree(ROOT / "runs/countdown-base", base)
     else:  # minutes less than the notebook would take to make it: the sets, and the model of docs/play.html
+        import test_play
+
+        from lib import toy
         toy.make_countdown(str(base), n_sft=100)
         test_play.torch_model(test_play.page_data(test_play.COMMITTED), 0).save_pretrained(base)
     monkeypatch.delenv("MPLBACKEND", raising=False)
