@@ -2,6 +2,7 @@
 
 Each takes the healthy run's command and one mistake: settings, or a change of one line in a copy of the folder.
 """
+import json
 import os
 import shutil
 import subprocess
@@ -41,6 +42,8 @@ FAILURES = {  # name: settings, (file, a text in it, its replacement) or None, t
     "no dynamic sampling": ([], ("rollout.py", "len({r.correct for r in rows}) == 2", "True"), "actor/grad_norm"),
     "a fooled verifier": (["verifier=loose"], ("lib/countdown.py", COUNTDOWN, COUNTDOWN + LOOSE), "eval/illegal"),
 }
+KEPT = ("step", "train/accuracy", "mismatch/mean_abs", "actor/ppo_kl", "actor/entropy", "actor/grad_norm",
+        "eval/avg@16", "eval/pass@16", "eval/illegal")
 
 
 def run(name, settings, patch):
@@ -89,6 +92,11 @@ def main(argv):
     for name in argv or FAILURES:
         print(name, "->", run(name, *FAILURES[name][:2]), flush=True)
     draw(HERE / "docs/failures.png")
+    with open(HERE / "docs/data/failures.jsonl", "w") as file:  # what the page quotes
+        for name in ["healthy", *FAILURES]:
+            folder = HERE / "runs/failures" / name.replace(" ", "-")
+            for row in sum(read_run(folder), []) if folder.exists() else ():
+                file.write(json.dumps({"run": name} | {k: v for k, v in row.items() if k in KEPT}) + "\n")
     return 0
 
 

@@ -33,7 +33,7 @@ def save(run, cfg, stream, final):
     """Write ckpt/step_NNNNNN and let `latest` name it. A collective. RuntimeError on every rank, and no trace left of
     the attempt, if it cannot be written anywhere."""
     s, root = run.state, f"{run.out}/ckpt"
-    s.update(stage_done=final, cursor=stream.cursor, adam_step=run.policy.adam_step, code=run.code)
+    s.update(stage_done=final, cursor=stream.cursor, adam_step=run.policy.adam_step, code=run.code, lora=run.lora)
     name = f"step_{s['step']:06d}" + (f"_{cfg.name}_{s['stage_step']:06d}" if cfg.kind == "sft" else "")
     tmp, state = f"{root}/{TMP}{name}", run.policy.state()
     sizes = {key: x.numel() * x.element_size() for key, x in state.items()}
@@ -161,9 +161,10 @@ def refuse_changes(run, folder):
 
 
 def damaged(folder, run):
-    """Files of a checkpoint, hf apart, that are missing or differ from their stored checksum. A collective."""
+    """Files of a checkpoint, hf and adapter apart, that are missing or are not as their checksum says. A collective."""
     with open(f"{folder}/{SUMS}", errors="replace") as f:  # a digest, two blanks, a name
-        stored = dict(reversed(line.rstrip("\n").split("  ", 1)) for line in f if "  " in line and "  hf/" not in line)
+        stored = dict(reversed(line.rstrip("\n").split("  ", 1)) for line in f if "  " in line and "  hf/" not in line
+                      and "  adapter/" not in line)
     if "meta.json" not in stored:
         return [SUMS]
     found = checksums(folder, [file for file in files(folder) if file in stored or file.startswith("state/")], run)
@@ -173,6 +174,8 @@ def damaged(folder, run):
 def load(run, path):
     """Restore state, weights and Adam's moments from what find_checkpoint found, at any rank count. A collective."""
     run.state = read_json(f"{path}/meta.json")
+    if (was := run.state.get("lora")) != run.lora:  # adapters are nothing without their model
+        raise ValueError(f"lora_rank: {path!r} has [rank, alpha, SHA-256 of the model] {was}, this run {run.lora}")
     old, new = run.state.get("code", run.code), run.code  # an old checkpoint has no hashes
     if changed := [file for file in sorted(old | new) if old.get(file) != new.get(file)]:
         said = (f + (" (new)" if f not in old else " (gone)" if f not in new else "") for f in changed)

@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import math
 import os
+import sys
 from functools import partial
 from glob import glob
 from types import SimpleNamespace
@@ -77,12 +78,14 @@ def load_method(cfg, hooks):
             raise ValueError(f"method_args.{min(twice)}: two of the files {', '.join(cfg.method)} have it: take one")
         own, known, origin = own | found, known | settings, origin | dict.fromkeys(found, path)
         checks += [module.check] if hasattr(module, "check") else []
-        reference |= getattr(module, "REFERENCE", False)
-        whole += [path] if getattr(module, "WHOLE_RESPONSES", False) else []
+        homes = [module, *(sys.modules.get(f.__module__) for f in found.values())]  # what imported functions declare
+        reference |= any(getattr(home, "REFERENCE", False) for home in homes)
+        whole += [path] if any(getattr(home, "WHOLE_RESPONSES", False) for home in homes) else []
     names = ", ".join(cfg.method)
     masked = "token_mask" in own or cfg.entropy_mask_rho < 1
     if "survey_minibatch" in own and masked:
-        raise ValueError(f"method: {names} and entropy_mask_rho {cfg.entropy_mask_rho} both choose tokens: take one")
+        other = origin.get("token_mask", f"entropy_mask_rho {cfg.entropy_mask_rho}")
+        raise ValueError(f"method: {origin['survey_minibatch']} and {other} both choose tokens: take one")
     if whole and (masked or cfg.importance and cfg.importance[0].startswith("token")):
         raise ValueError(f"method: the loss of {whole[0]} is of whole responses: no token mask or token importance")
     if "critical_tokens" in own and cfg.critical != "entropy":

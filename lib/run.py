@@ -20,7 +20,7 @@ from lib.config import HERE
 from lib.countdown import check_golds
 from lib.data import Task, find_benchmark, grader
 from lib.engine import make_engine
-from lib.files import code_hashes, read_json, replace_file
+from lib.files import code_hashes, model_hash, read_json, replace_file
 from lib.memory import peak_memory, utilisation
 from lib.method import method_file
 from lib.policy import Policy, compute_dtype, packed_length
@@ -35,7 +35,7 @@ class Run:
     tensors."""
 
     def __init__(self, stages, rank, world, device, files=True):
-        self.files = files  # False: a run that only looks
+        self.files, self.lora = files, None  # files False: a run that only looks
         self.stages, self.rank, self.world, self.device = stages, rank, world, device
         self.state = {
             "stage": stages[0][0], "stage_step": 0, "stage_done": False, "step": 0, "opt_step": 0, "adam_step": 0,
@@ -264,6 +264,8 @@ def prepare_run(stages, train=True, trainer=True, files=True, reference=False):
     run.engine = make_engine(run, path, stop_ids, trainer, reference)
     run.policy = Policy(first, path, run.device) if trainer else None
     run.reference = Policy(first, path, run.device, frozen=True) if reference else None
+    if trainer and first.lora_rank:  # what its checkpoints are adapters of
+        run.lora = [first.lora_rank, first.lora_alpha, model_hash(path)]
     shown = (run.tasks or run.heldout)[stages[0][0]].prompts[0].text
     stops = {i: run.tokenizer.convert_ids_to_tokens(i) for i in sorted(stop_ids)}
     run.print(f"first prompt: {shown!r}; stop ids {stops}")

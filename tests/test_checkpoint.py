@@ -509,6 +509,15 @@ def test_a_run_with_adapters_resumes_bit_for_bit_and_its_checkpoint_has_both_for
     assert len(adapter) == 2 * 7 * 2 and not any("lora" in k for k in merged)
 
 
+@pytest.mark.parametrize("change", ["lora_alpha=500", "lora_rank=0", "lora_rank=2", "model"])
+def test_adapters_go_on_from_their_own_model_rank_and_alpha_alone(adapted, config, run, tmp_path, change):
+    own = ["lora_rank=4", "lr=3e-3", "eval_data=", f"resume={adapted}/ckpt/step_000003"]
+    if change == "model":                               # the same shapes, other weights
+        change = f"model={adapted}/ckpt/step_000006/hf"
+    out = run(*argv(config, tmp_path, *own, change))
+    assert out.codes == [2] and "error: lora_rank: " in out.printed and "has [rank, alpha, SHA-256" in out.printed
+
+
 def test_adapters_are_trained_alike_on_two_ranks(adapted, config, run, tmp_path):
     assert run(*argv(config, tmp_path, "lora_rank=4", "lr=3e-3", "eval_data=", "max_steps=3"), ranks=2).codes == [0, 0]
     for m, w in zip(train_lines(tmp_path), train_lines(adapted), strict=False):

@@ -403,7 +403,7 @@ BAD_METHOD = {
     ("method={tmp}/other_signature.py",): "method: {tmp}/other_signature.py: group_advantages should take (scores, groups, parents)",
     ("method={tmp}/bare_setting.py",): "method: {tmp}/bare_setting.py: group_advantages: its setting power needs a default",
     ("method={tmp}/broken.py",): "method: {tmp}/broken.py cannot be loaded: ",
-    ("method=clip_cov", "entropy_mask_rho=0.2"): "method: clip_cov and entropy_mask_rho 0.2 both choose tokens",
+    ("method=clip_cov", "entropy_mask_rho=0.2"): "method: {root}/methods/clip_cov.py and entropy_mask_rho 0.2 both choose tokens",
     ("method=clip_cov", "method_args.cov_shre=1"): "method_args.cov_shre: no such key; did you mean cov_share?",
     ("method=clip_cov", "method_args.cov_share=many"): "method_args.cov_share: must be of type float, got 'many'",
     ("method=clip_cov", "method_args.cov_low=5"): "method_args.cov_low: 5.0 leaves nothing below cov_high 5.0",

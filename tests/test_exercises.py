@@ -79,7 +79,7 @@ def own_train(cpu, tmp_path, monkeypatch):
         policy = SimpleNamespace(adam_step=0, n_params=0, dtype=torch.float32, state=dict, new_optimizer=nothing, save_hf=nothing,
                                  save_adapter=nothing)
         run = SimpleNamespace(
-            out=str(tmp_path), rank=0, world=1, device="cpu", stop=False, code={}, pending={}, tokenizer=None, batches=[],
+            out=str(tmp_path), rank=0, world=1, device="cpu", stop=False, code={}, lora=None, pending={}, tokenizer=None, batches=[],
             stages=[("stage1", cfg)], state=json.loads(saved) if saved else state, policy=policy, print=nothing, log=nothing,
             tasks={"stage1": SimpleNamespace(prompts=range(n), stream=PromptStream(n, "0/stage1"))},
             engine=SimpleNamespace(sleep=nothing), refresh=nothing,

@@ -391,7 +391,7 @@ def test_methods_are_taken_together_where_their_hooks_do_not_collide_and_refused
     assert both.critical_tokens.func.__module__ == "method_surprisal" and not both.reference
     for names, says in ((("cispo", "kl"), "cispo.py and .*kl.py both have policy_loss: take one"),
                         (("adaptive_entropy", "kl"), "adaptive_entropy.py and .*kl.py both have policy_loss"),
-                        (("clip_cov", "spo_mask"), "clip_cov, spo_mask and entropy_mask_rho 1.0 both choose tokens"),
+                        (("clip_cov", "spo_mask"), "clip_cov.py and .*spo_mask.py both choose tokens"),
                         (("surprisal", "wrong_parents"), "surprisal.py and .*wrong_parents.py both have critical_tokens"),
                         (("dr_grpo",), "agg: dr_grpo's loss is a mean over responses, agg=sequence, got token"),
                         (("opefo",), "prompts_per_minibatch: opefo is on-policy, one minibatch a step of 512 prompts, got 32")):
@@ -421,6 +421,8 @@ def test_settings_that_cannot_be_told_apart_are_refused(tmp_path):
                                      "def critical_tokens(rollout, allowed, *, k=2): pass\n")
     with pytest.raises(ValueError, match="its setting k has two defaults"):
         load(str(tmp_path / "key.py"))
+    (tmp_path / "key.py").write_text("from methods.kl import policy_loss\n")
+    assert load(str(tmp_path / "key.py")).reference, "what an imported function needs comes with it"
     (tmp_path / "key.py").unlink()
     for name in ("group_advantages(scores, groups, parents", "critical_tokens(rollout, allowed"):
         (tmp_path / f"{name[:5]}.py").write_text(f"def {name}, *, size=1): pass\n")

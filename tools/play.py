@@ -21,7 +21,7 @@ from rollout import allowed_tokens
 from tools.common import command_line, for_each, run_file
 
 LARGEST = 2_000_000  # parameters: 4 MB of the page for each model
-VERIFIERS = {"countdown": "countdown", "dapo": "boxed", "boxed": "boxed"}  # as the page knows them
+VERIFIERS = ("countdown", "boxed")  # that the page knows
 SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
          "rms_norm_eps", "max_position_embeddings", "vocab_size")  # fmt: skip
 
@@ -60,8 +60,8 @@ def play_data(runs):
         raise ValueError(f"{models[0][1]}: {n / 1e6:.0f} M parameters, a page takes {LARGEST / 1e6:.0f} M")
     stages = read_json(str(run_file(runs[0], "stages.json")))
     cfg = next((s for s in stages.values() if s["n2"]), next(iter(stages.values())))
-    if cfg["verifier"] not in VERIFIERS:
-        raise ValueError(f"{runs[0]}: the page has no verifier {cfg['verifier']}")
+    if cfg["verifier"] not in VERIFIERS or cfg["method"] or cfg["clause"] != "prefix":
+        raise ValueError(f"{runs[0]}: the page has CURE's own move alone, with the verifiers {', '.join(VERIFIERS)}")
     _, source = find_benchmark(cfg["eval_data"] or cfg["data"])
     prompts, _ = load_prompts(source, tokenizer, cfg["template"], cfg["max_prompt_tokens"], limit=60)
     allowed = allowed_tokens(tokenizer, config.vocab_size, cfg["min_token_chars"])
@@ -74,7 +74,7 @@ def play_data(runs):
         "stop": sorted({tokenizer.eos_token_id, *gen_eos} - {None}),
         "allowed": allowed.tolist(),
         "prompts": [{"text": p.text, "ids": p.ids, "gold": p.answer} for p in prompts],
-        "verifier": VERIFIERS[cfg["verifier"]],
+        "verifier": cfg["verifier"],
         "settings": {k: cfg[k] for k in ("n1", "n2", "critical_top_k", "max_response_tokens", "temperature")},
     }
 
