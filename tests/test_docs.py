@@ -186,7 +186,7 @@ def test_the_readme_lists_the_methods():
 
 def test_every_method_has_a_row_of_the_page_and_a_line_of_the_smoke_table():
     files = {p.stem for p in (ROOT / "methods").glob("[a-z]*.py")}
-    listed = re.findall(r"^\| `(\w+)` \|", DOCS["methods"], re.M)
+    listed = re.findall(r"^\| `(\w+)` \|", DOCS["methods"].split("## On Countdown")[0], re.M)
     assert sorted(listed) == sorted(files), "each once"
     assert files <= {m.removeprefix("method=") for own in SMOKE.values() for m in own}
 
