@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import first_line, largest, train_lines
+from conftest import first_line, largest, lines, train_lines
 
 import cure
 from lib.config import Config
@@ -503,3 +503,23 @@ def test_every_method_takes_two_steps(config, tmp_path, capsys):
     print(out := capsys.readouterr().out)
     assert code == 0 and len(out.splitlines()) == len(smoke.METHODS) + 1
     assert all(np.isfinite(float(cell)) for line in out.splitlines()[1:] for cell in re.findall(r"  ([+-]?[\d.]+|nan)", line)[:4])
+
+
+def test_a_plain_resample_is_no_branch_to_an_advantage():
+    rows = [Rollout([1], [], [2], group=0, reward=1.0, parent=p, t_star=t) for p, t in ((-1, None), (-1, None), (0, 3), (1, None))]
+    seen = []
+    hook = SimpleNamespace(group_advantages=lambda scores, groups, parents: seen.append(parents.tolist()) or scores)
+    cure.set_advantages(hook, rows)
+    assert seen == [[-1, -1, 0, -1]]
+
+
+def test_branches_are_chosen_by_the_pass_rate_of_the_base_responses(config, tmp_path):
+    first_line(config, tmp_path, "method=prefix_sampling", "samples_per_step=0")
+    rows, branched = lines(tmp_path / "samples.jsonl"), []
+    for group in {r["group"] for r in rows}:
+        base, branches = ([r for r in rows if r["group"] == group and (r["parent"] >= 0) == side] for side in (False, True))
+        rate = np.mean([r["correct"] for r in base])
+        for b in branches:
+            parent = base[b["parent"]]
+            branched.append((b["t_star"] is not None) == (rate == 0.5 or parent["correct"] == (rate < 0.5)))
+    assert branched and all(branched)
