@@ -162,7 +162,7 @@ def gap_of(run, cfg, rows):
     return cure.compare_with_engine(run, replace(cfg, max_logp_gap=math.inf), rows)
 
 
-def distance_to_best(hidden, weight, tokens, temperature, chunk):
+def distance_to_best(hidden, weight, tokens, temperature, chunk, statistic=None):
     """In the place of loss.logp_and_entropy: how far each token's logit is below the largest, nats (T,), and zeros."""
     z = torch.cat([hidden.float() @ w.float().t() for w in weight.split(16384)], 1)  # (T, V)
     below = z.amax(-1) - z.gather(-1, tokens[:, None])[:, 0]
