@@ -101,6 +101,7 @@ class Config:
     micro_batch_tokens: int = key(16384, "packed tokens of one forward", "> 0", RUN)
     packing: str = key("broom", "broom: what branches share is forwarded once (lib/broom.py)", ("broom", "flat"), RUN)
     activation_checkpointing: bool = key(False, "less memory, one more forward", None, RUN)
+    replicate: int = key(1, "copies of the sharded trainer, as one a node (HSDP); divides the ranks", "> 0", RUN, FREE)
     compile: bool = key(False, "torch.compile every block, packed inputs padded to a few shapes", None, RUN)
     engine_rows: int = key(256, "torch engine: sequences decoded together", "> 0", RUN)
     gpu_memory_utilization: float = key(0.0, "vllm on CUDA: share of the GPU; 0 = what the trainer leaves", ">= 0", RUN)

@@ -183,9 +183,10 @@ class PackedLM(torch.nn.Module):
 
 
 class Policy:
-    """fp32 master weights, sharded over all ranks by FSDP2 (one group a block, the rest in the root); compute in
-    `dtype` (fp32 on CPU, bf16 on CUDA), gradients reduced in fp32. Whatever runs the model or gathers weights is a
-    collective (forward, score, update, named_full, save_hf): every rank calls it, in the same order."""
+    """fp32 master weights, sharded by FSDP2 over the ranks of a copy, as a rule all ranks (one group a block, the rest
+    in the root); compute in `dtype` (fp32 on CPU, bf16 on CUDA), gradients reduced in fp32. Whatever runs the model or
+    gathers weights is a collective (forward, score, update, named_full, save_hf): every rank calls it, in the same
+    order."""
 
     def __init__(self, cfg, path, device, frozen=False):
         """frozen: only to score with, in the compute dtype, without an optimizer."""
@@ -206,7 +207,12 @@ class Policy:
         self.model = PackedLM(lm)
         # eighths of the budget: at most 12.5 % of a full micro-batch is padding, and few shapes are compiled
         self.bucket = -(-cfg.micro_batch_tokens // 8) if cfg.compile else 0
-        mesh = init_device_mesh(device.type, (self.world,))
+        if self.world % cfg.replicate:
+            raise ValueError(f"replicate: {cfg.replicate} copies do not divide {self.world} ranks")
+        # Neighbours are of one copy: with a copy a node, weights are gathered within a node, and only gradients cross.
+        shape = cfg.replicate, self.world // cfg.replicate
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+        mesh = mesh if cfg.replicate > 1 else mesh["shard"]
         mp = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32)
         if cfg.compile:  # shapes x (scoring, training); past the default limit of 8 a shape would run eager, unasked
             torch._dynamo.config.recompile_limit = 128
@@ -279,7 +285,7 @@ class Policy:
         # squares in float64: the norm must not depend on how many ranks the parameters are cut into
         total = torch.stack([g.double().square().sum() for g in grads]).sum()
         dist.all_reduce(total)
-        norm = total.sqrt().item()
+        norm = (total / self.cfg.replicate).sqrt().item()  # a shard is there so often
         taken = bool(np.isfinite(norm))
         if taken:
             if grad_clip > 0 and norm > grad_clip:

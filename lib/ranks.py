@@ -1,7 +1,6 @@
 """The process group: its start and end, and the few collectives on Python objects that everything else is made of."""
 
 import contextlib
-import datetime
 import os
 import sys
 import time
@@ -11,6 +10,8 @@ from collections import Counter
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
+
+from lib import watch
 
 
 def init_distributed():
@@ -22,9 +23,8 @@ def init_distributed():
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        wait = datetime.timedelta(hours=2)  # for another rank's verifiers or long rollout, or the toy's base model
         store = {} if "MASTER_ADDR" in os.environ else {"store": dist.HashStore(), "rank": rank, "world_size": world}
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=wait, **store)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=watch.LIMIT, **store)
     return rank, world, device
 
 
@@ -35,6 +35,7 @@ def leave(main, *args):
     DTensor's caches hold the mesh, that holds the group). One that wants the GIL then ends the process with "terminate
     called without an active exception": 2 of about 180 ranks. A finished run with vLLM on CUDA skips it too. There it
     frees vLLM's memory pools, and in the wrong order that aborts with "pure virtual method called"."""
+    watch.start()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or torch.cuda.is_available():
         code = main(*args)
         if torch.cuda.is_available() and "vllm" in sys.modules:
@@ -63,17 +64,19 @@ def timed(metrics, name):
     raises: nothing is logged after that."""
     drain = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     drain()
-    start = time.perf_counter()
+    start, before = time.perf_counter(), watch.enter(name)
     yield
     drain()
+    watch.enter(before)
     key = f"timing_s/{name}"
     metrics[key] = metrics.get(key, 0.0) + time.perf_counter() - start
 
 
 def gather(items):
     """Every rank's list -> one list, the same on every rank, in rank order. A collective."""
-    parts = [None] * dist.get_world_size()
+    parts, before = [None] * dist.get_world_size(), watch.enter(f"a meeting of all ranks in {watch.place[1]}")
     dist.all_gather_object(parts, items)
+    watch.enter(before)
     return [x for part in parts for x in part]
 
 

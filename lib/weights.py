@@ -97,7 +97,7 @@ def read_weights(root, lm, weights, device):
     for name, p in lm.named_parameters():
         if isinstance(p, DTensor):  # rows are cut as by torch.chunk: the last ranks may have fewer, or none
             rows, local, mesh = p.shape[0], p.to_local(), p.device_mesh
-            first = min(rows, mesh.get_local_rank() * -(-rows // mesh.size()))
+            first = min(rows, mesh.get_local_rank("shard") * -(-rows // mesh.shape[-1]))
             local.copy_(weights[name][first : first + len(local)])
         else:
             p.copy_(weights[name][...])
