@@ -100,7 +100,7 @@ def trainer_memory(cfg, config, world, frozen=0):
     keys. In brooms attention keeps a branch's keys and values with its trunk's gathered before them: at most 1 + n2
     times 4 KV. A checkpointed block saves its input, 2 D. tests/test_memory.py counts what the real forward saves.
     reserve    3 GiB for the CUDA context, NCCL and fragmentation"""
-    s = model_sizes(config)
+    s, world = model_sizes(config), world // cfg.replicate  # GPUs that share a copy
     adapters = adapter_parameters(config, cfg.lora_rank)
     frozen += 2 * s.params / world if adapters else 0  # the model itself, in bf16
     trained, head, of_block, root = (adapters, 0, adapters / s.layers, 0) if adapters else (

@@ -31,12 +31,12 @@ def init_distributed():
 def leave(main, *args):
     """Run a script's main() and exit with its code.
 
-    Ranks on the CPU skip the interpreter's shutdown. Gloo's threads outlive destroy_process_group (torch 2.13:
+    One of several ranks skips the interpreter's shutdown. Gloo's threads outlive destroy_process_group (torch 2.13:
     DTensor's caches hold the mesh, that holds the group). One that wants the GIL then ends the process with "terminate
     called without an active exception": 2 of about 180 ranks. A finished run with vLLM on CUDA skips it too. There it
     frees vLLM's memory pools, and in the wrong order that aborts with "pure virtual method called"."""
     watch.start()
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or torch.cuda.is_available():
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         code = main(*args)
         if torch.cuda.is_available() and "vllm" in sys.modules:
             exit_at_once(code)
@@ -48,6 +48,8 @@ def leave(main, *args):
         code = e.code
     except BaseException:
         traceback.print_exc()
+        watch.say(f"rank {os.environ['RANK']} ended in {watch.place[1]}; the same command goes on from the last "
+                  "checkpoint. Of a lost connection the other rank's own lines know more")  # fmt: skip
     exit_at_once(code)
 
 

@@ -186,6 +186,16 @@ def test_memory_of_7b_by_hand():
     assert asleep["gradient buffers"] == 10 * 152064 * 3584
 
 
+def test_a_copy_a_node_takes_the_memory_of_one_node_and_half_its_time():
+    one, two = planned("gpus=8"), planned("gpus=16", "replicate=2")
+    parts = [plan.memory(plan.widest(todo), given) for todo, given in (one, two)]
+    assert parts[0] == parts[1] and plan.host(qwen_7b(), 8) == plan.host(qwen_7b(), 16 // two[0][0][1].replicate)
+    hours = [plan.stage_report(*todo[0], given)[1] for todo, given in (one, two)]
+    assert hours[1] == pytest.approx(hours[0] / 2, rel=0.05)  # decoding reads all weights for half the sequences
+    slow = [phases("gpu=l40s", *changes)["update"].expected for changes in (["gpus=16"], ["gpus=16", "replicate=2"])]
+    assert slow[1] == pytest.approx(slow[0] * (7 / 8) / (15 / 16), rel=1e-6), "traffic over PCIe, within a copy"
+
+
 def test_a_model_that_stays_resident_counts_in_plan_and_share():
     """The bf16 weights of a frozen reference model on every GPU."""
     cfg, config, gpu, frozen = stages(*LARGE)[0][1], qwen_7b(), GPUS["h100"], 2 * 7_615_616_512
@@ -344,7 +354,7 @@ def test_the_plan_of_max_steps_is_of_those_steps():
 @pytest.mark.parametrize("overrides, key", [
     (["gpu=b200"], "gpu"), (["gpus=0"], "gpus"), (["gpus=many"], "gpus"), (["gpu"], "gpu"),
     (["response=5000"], "response"), (["response=-1"], "response"), (["model=/no/such/folder"], "model"),
-    (["stages.stage1.gpus=4"], "gpus"), (["plan_gpus=4"], "plan_gpus"),
+    (["stages.stage1.gpus=4"], "gpus"), (["plan_gpus=4"], "plan_gpus"), (["replicate=3"], "replicate"),
 ])  # fmt: skip
 def test_mistakes_are_one_line_that_names_the_key(overrides, key, folder_7b, capsys, nothing_else):
     with pytest.raises(SystemExit) as e:

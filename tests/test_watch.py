@@ -72,6 +72,7 @@ def test_who_waits_says_who_is_missing_and_all_goes_on():
     assert found and 1 <= len(found) <= 3 and {int(pid) for pid in found} == {started[0].pid}
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_prints_the_stacks_of_all_even_inside_a_collective():
     started = start(3, 99, 99, 3)
     up(started)
@@ -85,6 +86,7 @@ def test_a_signal_to_one_rank_prints_the_stacks_of_all_even_inside_a_collective(
         assert line in text
 
 
+@pytest.mark.slow
 def test_stacks_come_unasked_before_the_limit_of_a_collective():
     started = start(2, 99, 1.0, 2.5)
     up(started)
@@ -92,6 +94,7 @@ def test_stacks_come_unasked_before_the_limit_of_a_collective():
     assert codes == [0, 0] and "in all_reduce" in said[0] and "in linger" in said[1], said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gone", [0, 1])
 def test_a_rank_that_is_gone_ends_the_others_with_a_message(gone):
     """Stopped, not killed: gloo sees no closed connection, as with a node that is off. With rank 0 the store is gone."""

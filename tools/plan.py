@@ -2,10 +2,10 @@
 
     python -m tools.plan --config X gpu=a100 gpus=4 response=1500 model=DIR    # no GPU, only the model's config.json
 
-gpu is one of h100, h200, a100 (80 GB), l40s, rtx4090; gpus are those of one node, host the GiB of its own memory (0:
-this machine's, if it has a GPU). response is the tokens of a mean response, 0 for 1000, or for 40 % of
-max_response_tokens where that is less. fork is t* as a share of it: 0.5 where t* is uniform. Any other key=value is the
-config's.
+gpu is one of h100, h200, a100 (80 GB), l40s, rtx4090; gpus are those of one node, or with replicate=N of N nodes; host
+is the GiB of a node's own memory (0: this machine's, if it has a GPU). response is the tokens of a mean response, 0 for
+1000, or for 40 % of max_response_tokens where that is less. fork is t* as a share of it: 0.5 where t* is uniform. Any
+other key=value is the config's.
 
 Only a run knows what is assumed here (the constants below). All prompts are equally long, and so are all responses, a
 branch's inherited prefix included: no rank waits for another. The engine is vLLM, whatever `engine` says. Evaluation,
@@ -106,7 +106,8 @@ def pass_phase(name, cfg, given, parts, minibatches=1, update=False):
         flops, done = 3 * flops, 3 * flops + again
     micro = minibatches * math.ceil(tokens / minibatches / world / cfg.micro_batch_tokens)
     # a micro-batch gathers bf16 weights, again for the backward, and reduces fp32 gradients: what travels of them
-    traffic = micro * (8 if update else 2) * s.params * (world - 1) / world / gpu.link
+    shards = world // cfg.replicate  # gradients of several copies, added up between nodes, are not counted
+    traffic = micro * (8 if update else 2) * s.params * (shards - 1) / shards / gpu.link
     seconds = flops / world / gpu.flops, max(done / world / gpu.flops / MFU, traffic)
     return Phase(name, sum(b.count for b in parts), 0, tokens, flops, *seconds)
 
@@ -245,7 +246,7 @@ def warnings(stages, given):
     cfg = widest(stages)
     if cfg.dtype == "float32":
         out.append("float32 does not run on a GPU, packed attention is bf16 there: dtype=auto")
-    needed = max(host(given.config, given.world)) / GIB
+    needed = max(host(given.config, given.world // cfg.replicate)) / GIB
     if given.host and needed > given.host:
         out.append(f"the ranks take {needed:.0f} GiB of host memory, there are {given.host:.0f}: the kernel kills a "
                    "rank without a message: a smaller model, or a machine with more")  # fmt: skip
@@ -290,7 +291,7 @@ def report(stages, given):
     table += [[k, f"{awake[k] / GIB:.1f}", f"{asleep[k] / GIB:.1f}"] for k in awake]
     tokens, longest = round(awake["KV cache"] / s.kv_bytes), cfg.max_prompt_tokens + cfg.max_response_tokens
     one, most, left = (b / 1e9 for b in disk(stages, config))
-    start, save = (b / GIB for b in host(config, world))
+    start, save = (b / GIB for b in host(config, world // cfg.replicate))
     return "\n".join([
         f"{cfg.model}: {s.params / 1e6:.2f} M parameters, on {world} x {gpu.name} ({rates})",
         f"expected: at {MFU:.0%} of peak FLOP/s and {MBU:.0%} of bandwidth; "
@@ -320,6 +321,8 @@ def arguments(argv):
         if own[key] not in map(str, allowed):
             names = ", ".join(allowed) if key == "gpu" else f"{allowed[0]} to {allowed[-1]}"
             raise ValueError(f"{key}: must be one of {names}, got {own[key]!r}")
+    if int(own["gpus"]) % first.replicate:
+        raise ValueError(f"replicate: {first.replicate} copies do not divide {own['gpus']} gpus")
     if not re.fullmatch(r"0?\.\d+|0", own["fork"]):
         raise ValueError(f"fork: must be a share below 1, as 0.5, got {own['fork']!r}")
     left = first.max_steps or math.inf
@@ -333,7 +336,7 @@ def arguments(argv):
     config = bed.config() if unmade else load_hf_config(path)  # the toy has a shape before it has a folder
     there = int(own["host"]) or (host_memory() if torch.cuda.is_available() else 0)
     reference = any(load_method(cfg, HOOKS).reference for _, cfg in stages)
-    frozen = frozen_memory(config, int(own["gpus"])) if reference else 0
+    frozen = frozen_memory(config, int(own["gpus"]) // first.replicate) if reference else 0
     numbers = int(own["gpus"]), int(own["response"]), frozen, there, float(own["fork"])
     return stages, Given(config, GPUS[own["gpu"]], *numbers)
 
