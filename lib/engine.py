@@ -16,8 +16,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from lib.memory import engine_share, frozen_memory, this_gpu
+from lib.memory import engine_share, frozen_memory, this_gpu, tp_misfit
 from lib.policy import compute_dtype
+from lib.ranks import gather
 from lib.weights import load_hf_config, load_lm
 
 CPU_KV_MIB = 256  # vLLM's KV cache on a CPU
@@ -55,20 +56,35 @@ def gap_limit(dtype, gaps):
     return min(0.3, max(0.05, 3 * gaps[0]), max(2e-3, 3 * float(np.median(gaps))))
 
 
-def checked(named, params, fused=None):
+def shard_of(full, have, part, shard):
+    """What of a full tensor one rank of a tensor-parallel engine has, as vLLM's loaders cut it. have: its parameter.
+    part: the tensor's name among fused ones, or "". shard: (rank in the engine, of how many, kv parts)."""
+    rank, size, kv = shard
+    if part:  # rows: some of the heads, or of the MLP's units
+        n = kv if part in ("k_proj", "v_proj") else size
+        return full.chunk(n)[rank * n // size]
+    if full.dim() == 1:  # a norm
+        return full
+    if have.shape[1] < full.shape[1]:  # columns: what those heads and units are inputs of
+        return full.chunk(size, 1)[rank]
+    return full[rank * len(have) : (rank + 1) * len(have)]  # rows of the padded vocabulary
+
+
+def checked(named, params, fused=None, shard=(0, 1, 1)):
     """Pass on (HF name, full tensor) pairs. Once the engine has taken one, compare it with the engine's parameter of
     that name, exactly, in the engine's dtype. AssertionError names a tensor that did not arrive. A tensor that the
-    engine knows by a name of its own is not compared.
+    engine knows by a name of its own is not compared, nor is one cut over ranks that HF, too, has fused.
 
     params: {name: the engine's parameter}. fused: {its name of a module: the parts that it stacks, all but the first of
-    one length}. Parts may come in any order."""
+    one length}. Parts may come in any order. shard: see shard_of."""
     places = {p: (module, len(ps) - i if i else 0) for module, ps in (fused or {}).items() for i, p in enumerate(ps)}
     for name, full in named:
         yield name, full
         part = next((p for p in name.split(".") if p in places), "")
         module, from_end = places.get(part, ("", 0))  # the first part, as any plain tensor, is the first rows
         have = params.get(name.replace(f".{part}.", f".{module}."))
-        if have is not None:  # a tied head has no parameter of its own
+        if have is not None and (shard[1] == 1 or part != module or not part):  # a tied head has none of its own
+            full = shard_of(full, have, part, shard) if shard[1] > 1 else full
             start = len(have) - from_end * len(full) if from_end else 0
             have = have[start : start + len(full)]  # an engine's vocabulary may be padded
             assert torch.equal(have, full.to(have)), f"sync: {name} did not arrive in the engine as it was sent"
@@ -195,9 +211,10 @@ def draw(logits, u, sampling):
 @contextlib.contextmanager
 def process_settings_kept():
     """Put back what `import vllm` and LLM() change for the whole process: the states of the CPU's random generators,
-    matmul precision, threads, and the threads that compile the trainer's blocks (vLLM asks for one)."""
-    variable = "TORCHINDUCTOR_COMPILE_THREADS"
-    compile_threads, threads = os.environ.get(variable), torch.get_num_threads()
+    matmul precision, threads, the threads that compile the trainer's blocks (vLLM asks for one), and on a CPU the
+    number of ranks of a node."""
+    variables = {name: os.environ.get(name) for name in ("TORCHINDUCTOR_COMPILE_THREADS", "LOCAL_WORLD_SIZE")}
+    threads = torch.get_num_threads()
     precision = torch.get_float32_matmul_precision()
     rng = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
@@ -206,9 +223,10 @@ def process_settings_kept():
         random.setstate(rng[0]), np.random.set_state(rng[1]), torch.set_rng_state(rng[2])
         torch.set_float32_matmul_precision(precision)
         torch.set_num_threads(threads)
-        os.environ.pop(variable, None)
-        if compile_threads is not None:
-            os.environ[variable] = compile_threads
+        for name, value in variables.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
         if inductor := sys.modules.get("torch._inductor.config"):  # it has read the variable when it was imported
             inductor.compile_threads = inductor.decide_compile_threads()
 
@@ -222,15 +240,19 @@ def import_vllm(cuda):
     if not cuda:  # keep Linear weights as plain tensors: the CPU's packed copies (oneDNN; AMX in bf16) would go stale
         import vllm._custom_ops
         import vllm.model_executor.layers.utils
+        from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator as Cpu
 
         vllm._custom_ops._supports_onednn = False
         vllm.model_executor.layers.utils.check_cpu_sgl_kernel = lambda n, k, dtype: False
+        # gloo between engine_tp ranks: vLLM's shared memory has one name for all runs, and stays when one ends
+        Cpu._all_group_ranks_share_shm_group_name = lambda self: False
     return LLM, SamplingParams
 
 
 class VLLMEngine:
-    """One vLLM engine inside each torchrun rank, tensor-parallel size 1, asleep (level 2: no weights, no KV) in
-    updates.
+    """A vLLM engine inside torchrun ranks, asleep (level 2: no weights, no KV) in updates. Each rank has one of its
+    own. With engine_tp = k > 1 the ranks r of equal r // k are the tensor-parallel parts of one, which decodes what all
+    of them ask for. A sample has the same seed either way.
 
     Its weights only ever come from sync() (load_format="dummy"), so an unsynced parameter cannot hide. Constructing it
     is a collective, after init_process_group and before the trainer's model (vLLM measures free memory).
@@ -247,7 +269,7 @@ class VLLMEngine:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         if not cuda:
             os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # else the first log-prob compiles a helper for seconds
-        self.stop, self.ready, self.asleep = sorted(stop_ids), False, False
+        self.stop, self.ready, self.asleep, tp = sorted(stop_ids), False, False, cfg.engine_tp
         where = {"gpu_memory_utilization": utilization, "hf_overrides": {"head_dtype": "float32"}}
         if not cuda:  # a prompt prefilled in pieces rewinds its request's generator, which a CPU generator cannot do
             where = {"kv_cache_memory_bytes": CPU_KV_MIB << 20, "enforce_eager": True, "max_num_seqs": 64,
@@ -258,8 +280,8 @@ class VLLMEngine:
             LLM, self.params_class = import_vllm(cuda)
             try:
                 self.llm = LLM(
-                    model=path, dtype=str(dtype).removeprefix("torch."), seed=cfg.seed + dist.get_rank(),
-                    tensor_parallel_size=1, distributed_executor_backend="external_launcher", load_format="dummy",
+                    model=path, dtype=str(dtype).removeprefix("torch."), seed=cfg.seed + dist.get_rank() // tp,
+                    tensor_parallel_size=tp, distributed_executor_backend="external_launcher", load_format="dummy",
                     enable_sleep_mode=cuda, max_model_len=max_model_len, logprobs_mode="processed_logprobs",
                     generation_config="vllm", enable_prefix_caching=True, disable_log_stats=True, **where,
                 )  # fmt: skip
@@ -267,6 +289,8 @@ class VLLMEngine:
                 # the first line of a pydantic error only counts them
                 says = e.errors()[0]["msg"] if hasattr(e, "errors") else str(e).strip().splitlines()[0]
                 raise ValueError(f"engine=vllm: vLLM cannot serve model {path!r}: {says}") from e
+        kv_heads = self.llm.llm_engine.model_config.get_total_num_kv_heads()
+        self.shard = dist.get_rank() % tp, tp, min(tp, kv_heads)
         self.sleep()
 
     def sleep(self):
@@ -289,7 +313,8 @@ class VLLMEngine:
         was sent, wake the KV cache."""
         model = self.llm.llm_engine.model_executor.driver_worker.model_runner.model
         params = dict(model.named_parameters())
-        loaded = model.load_weights(checked(named, params, getattr(model, "packed_modules_mapping", {})))
+        fused = getattr(model, "packed_modules_mapping", {})
+        loaded = model.load_weights(checked(named, params, fused, self.shard))
         missing = set(params) - set(loaded)
         assert not missing, f"weights never synced to the engine: {sorted(missing)[:5]}"
         if torch.cuda.is_available():
@@ -300,18 +325,22 @@ class VLLMEngine:
 
     def generate(self, prompts, n, sampling, seeds):
         """See TorchEngine.generate. One request a prompt with n samples: vLLM seeds sample i with seed + i, too, and
-        the prompt (a branch point, say) is prefilled once."""
+        the prompt (a branch point, say) is prefilled once. A collective over all ranks for engine_tp > 1."""
         awake = self.ready and not self.llm.llm_engine.is_sleeping()
         assert awake, "generate() on an engine that is asleep or not synced"
+        rank, tp = dist.get_rank(), self.shard[1]
+        asked = [(rank, p, s) for p, s in zip(prompts, seeds, strict=True)]
+        if tp > 1:  # the ranks of an engine must ask vLLM for the same in the same order
+            asked = [x for x in gather(asked) if x[0] // tp == rank // tp]
         params = [
             self.params_class(
                 n=n, temperature=sampling.temperature, top_p=sampling.top_p, top_k=0, max_tokens=sampling.max_tokens,
                 logprobs=0, detokenize=False, stop_token_ids=self.stop, ignore_eos=True, seed=s,
             )
-            for s in seeds
+            for _, _, s in asked
         ]  # fmt: skip
-        outs = self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-        whole = len(outs) == len(prompts) and all(len(o.outputs) == n for o in outs)
+        outs = self.llm.generate([{"prompt_token_ids": p} for _, p, _ in asked], params, use_tqdm=False)
+        whole = len(outs) == len(asked) and all(len(o.outputs) == n for o in outs)
         assert whole, "vLLM returned another number of outputs"
         return [
             [
@@ -322,27 +351,32 @@ class VLLMEngine:
                 )
                 for c in sorted(o.outputs, key=lambda c: c.index)
             ]
-            for o in outs
+            for (whose, _, _), o in zip(asked, outs, strict=True)
+            if whose == rank
         ]
 
 
 def make_engine(run, path, stop_ids, trainer=True, reference=False):
-    """The rollout engine all stages share: one a rank, on CUDA with the memory that the trainer, if any, and the
-    reference model, if any, leave."""
+    """The rollout engine all stages share: one for engine_tp ranks, on CUDA with the memory that the trainer, if any,
+    and the reference model, if any, leave. ValueError names engine_tp."""
     cfg = run.stages[0][1]
     kind = cfg.engine
     if kind == "auto":
         kind = "vllm" if run.device.type == "cuda" and importlib.util.find_spec("vllm") else "torch"
     dtype = compute_dtype(cfg, run.device)
+    if kind == "torch" and cfg.engine_tp > 1:
+        raise ValueError(f"engine_tp: {cfg.engine_tp} needs engine=vllm: the torch engine is one a rank")
     if kind == "torch":
         return TorchEngine(cfg, path, run.device, dtype, stop_ids)
+    config = load_hf_config(path)
+    if wrong := tp_misfit(cfg.engine_tp, config, int(os.environ.get("LOCAL_WORLD_SIZE", run.world))):
+        raise ValueError(wrong)
     longest = max(c.max_prompt_tokens + c.max_response_tokens for _, c in run.stages)
     share = None
     if run.device.type == "cuda" and not trainer:
         share = cfg.gpu_memory_utilization or 0.9  # vLLM's own default
     elif run.device.type == "cuda":
         widest = max((c for _, c in run.stages), key=lambda c: c.max_prompt_tokens + c.max_response_tokens)
-        config = load_hf_config(path)
         frozen = frozen_memory(config, run.world // cfg.replicate) if reference else 0
         share, report = engine_share(widest, config, run.world, this_gpu(), frozen)
         run.print(report)

@@ -136,24 +136,45 @@ def frozen_memory(config, world):
     return 2 * model_sizes(config).params / world
 
 
-def engine_overhead(config, gpu):
+def tp_misfit(tp, config, ranks):
+    """Why vLLM cannot cut a model over tp of the ranks of a node: one line, "" if it can."""
+    if tp == 1:
+        return ""
+    model_sizes(config)  # ValueError: no llama-like decoder
+    kv = config.num_key_value_heads
+    counts = {"ranks of a node": ranks, "attention heads": config.num_attention_heads,
+              "kv heads": kv if tp % kv else 0,  # each of them on several GPUs, otherwise
+              "units of the MLP": config.intermediate_size,
+              "rows of the padded vocabulary": -config.vocab_size // 64 * -64}  # fmt: skip
+    wrong = [f"engine_tp: {tp} does not divide the {n} {what}" for what, n in counts.items() if n % tp]
+    return wrong[0] if wrong else ""
+
+
+def engine_shard(cfg, config):
+    """What each GPU of an engine holds -> (bytes of its weights, bytes of a cached token). A kv head is on several GPUs
+    where there are fewer heads than GPUs. Norms, and kv weights then, are on more than one, which is not counted."""
+    s = model_sizes(config)
+    return 2 * s.params / cfg.engine_tp, s.kv_bytes // min(cfg.engine_tp, config.num_key_value_heads)
+
+
+def engine_overhead(config, gpu, tp=1):
     """Bytes that vLLM takes of its share beside weights and KV cache -> (activations and sampling, CUDA graphs). The
     graphs stay on the GPU while the engine sleeps.
 
-    A batch of T tokens: input and output of the MLP's activation, 6 I, the residual stream, 4 D. A sequence: fp32
+    A batch of T tokens: input and output of the MLP's activation, 6 I / tp, the residual stream, 4 D. A sequence: fp32
     logits and the counts of the penalties, 8 V. Graphs: 1.5 GiB, assumed; no GPU has shown it."""
     slots, tokens = engine_batch(gpu)
-    work = tokens * (6 * config.intermediate_size + 4 * config.hidden_size) + 8 * slots * config.vocab_size
+    work = tokens * (6 * config.intermediate_size // tp + 4 * config.hidden_size) + 8 * slots * config.vocab_size
     return work, 1.5 * GIB
 
 
 def engine_room(cfg, config, world, gpu, frozen=0):
-    """Of one GPU -> (the share vLLM gets, the largest share that fits beside the trainer, tokens of KV cache). The
-    share is cfg.gpu_memory_utilization, or all that fits."""
-    s, total = model_sizes(config), gpu.memory * GIB
+    """Of one GPU -> (the share vLLM gets, the largest share that fits beside the trainer, tokens of its engine's KV
+    cache). The share is cfg.gpu_memory_utilization, or all that fits."""
+    (weights, token), total = engine_shard(cfg, config), gpu.memory * GIB
     fits = (total - sum(trainer_memory(cfg, config, world, frozen)[0].values())) / total
     share = cfg.gpu_memory_utilization or int(100 * fits) / 100
-    return share, fits, int((share * total - 2 * s.params - sum(engine_overhead(config, gpu))) / s.kv_bytes)
+    return share, fits, int((share * total - weights - sum(engine_overhead(config, gpu, cfg.engine_tp))) / token)
 
 
 def engine_share(cfg, config, world, gpu, frozen=0):
@@ -165,13 +186,14 @@ def engine_share(cfg, config, world, gpu, frozen=0):
     parts = trainer_memory(cfg, config, world, frozen)[0]
     keeps = parts["fp32 weights"] + parts["Adam moments"] + parts.get("frozen models", 0)
     scoring = sum(parts.values()) - parts["reserve"] - keeps
+    weights, overhead = engine_shard(cfg, config)[0], sum(engine_overhead(config, gpu, cfg.engine_tp))
     report = (
         f"GPU {gpu.memory:.1f} GiB: trainer keeps {keeps / GIB:.1f}, entropy pass {scoring / GIB:.1f}, "
-        f"engine {share:.2f} = {share * gpu.memory:.1f} GiB, weights {2 * model_sizes(config).params / GIB:.1f}, "
-        f"workspace and graphs {sum(engine_overhead(config, gpu)) / GIB:.1f}, KV for {max(0, tokens)} tokens"
+        f"engine {share:.2f} = {share * gpu.memory:.1f} GiB, weights {weights / GIB:.1f}, "
+        f"workspace and graphs {overhead / GIB:.1f}, KV for {max(0, tokens)} tokens"
     )
     if fits <= 0 or tokens < cfg.max_prompt_tokens + cfg.max_response_tokens:
-        change = f"use more ranks, or lower micro_batch_tokens (= {cfg.micro_batch_tokens})"
+        change = f"use more ranks, or a larger engine_tp, or lower micro_batch_tokens (= {cfg.micro_batch_tokens})"
         raise ValueError(f"model: does not fit, {change}. {report}")
     if share > fits:
         most = int(100 * fits) / 100

@@ -61,18 +61,106 @@ def test_one_weight_that_differs_by_its_last_bit_is_seen():
         list(checked(named.items(), params, FUSED))
 
 
+def cut(named, rank, size, fused):
+    """What rank `rank` of a vLLM engine over `size` ranks has of sent(): 4 heads and 2 kv heads 2 wide, 6 units of the
+    MLP, a vocabulary padded to 64. Head by head, row by row."""
+    out, heads, units, vocab = {}, range(4 * rank // size, 4 * (rank + 1) // size), 6 // size, 64 // size
+    kv = sorted({h * 2 // 4 for h in heads})  # a kv head serves two heads
+    rows = {"q_proj": heads, "k_proj": kv, "v_proj": kv, "gate_proj": range(rank * units, (rank + 1) * units),
+            "up_proj": range(rank * units, (rank + 1) * units)}  # fmt: skip
+    width = {"q_proj": 2, "k_proj": 2, "v_proj": 2}
+    for module, parts in fused.items():
+        where = "self_attn" if module == "qkv_proj" else "mlp"
+        out[f"layers.0.{where}.{module}.weight"] = torch.stack([
+            named[f"layers.0.{where}.{p}.weight"][i * width.get(p, 1) + j]
+            for p in parts for i in rows[p] for j in range(width.get(p, 1))
+        ])  # fmt: skip
+    columns = [2 * h + j for h in heads for j in range(2)]  # of o_proj: what the heads give
+    out["layers.0.self_attn.o_proj.weight"] = named["layers.0.self_attn.o_proj.weight"][:, columns]
+    padded = torch.cat([named["embed_tokens.weight"], torch.zeros(27, 8)])
+    out["embed_tokens.weight"] = padded[rank * vocab : (rank + 1) * vocab]
+    return {name: x.clone() for name, x in out.items()} | {"norm.weight": named["norm.weight"]}
+
+
+@pytest.mark.parametrize("size", [2, 4])  # kv heads: one a rank, and one on two ranks
+def test_of_a_cut_tensor_a_rank_compares_its_own_part(size):
+    named = sent() | {"norm.weight": torch.randn(8)}
+    if size == 4:  # 6 units are not for 4 ranks
+        named = {name: x for name, x in named.items() if ".mlp." not in name}
+    fused = FUSED if size == 2 else {"qkv_proj": FUSED["qkv_proj"]}
+    for rank in range(size):
+        shard = rank, size, 2
+
+        list(checked(named.items(), cut(named, rank, size, fused), fused, shard))
+        list(checked(sorted(named.items(), reverse=True), cut(named, rank, size, fused), fused, shard))
+        nothing = {"embed_tokens.weight"} if 64 // size * rank >= 37 else set()  # padding only
+        for stale in set(named) - {"lm_head.weight"} - nothing:
+            with pytest.raises(AssertionError, match=f"sync: {stale} did not arrive in the engine"):
+                other = named | {stale: named[stale] + 1}
+                list(checked(named.items(), cut(other, rank, size, fused), fused, shard))
+        with pytest.raises(AssertionError, match="did not arrive"):  # another rank's parts are not this one's
+            list(checked(named.items(), cut(named, (rank + 1) % size, size, fused), fused, shard))
+
+
+# ------------------------------------------------------------------------- ranks that share an engine
+class Numbered:
+    """Stands for vllm.LLM: a completion's only token is that of its prompt, its log-prob its seed."""
+
+    def __init__(self):
+        self.asked = []
+        self.llm_engine = SimpleNamespace(is_sleeping=lambda: False)
+
+    def generate(self, prompts, params, use_tqdm):
+        self.asked = [(p["prompt_token_ids"], s["seed"]) for p, s in zip(prompts, params, strict=True)]
+        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=p, logprobs=[{p[0]: SimpleNamespace(logprob=s)}],
+                                                         finish_reason="stop", index=i) for i in range(2)])
+                for p, s in self.asked]  # fmt: skip
+
+
+def test_all_ranks_of_an_engine_ask_for_the_same_and_each_keeps_its_own(monkeypatch):
+    numbers, told = [2, 0, 0, 3, 0, 0], {}
+    wanted = [[([10 * rank + i], 100 * rank + i) for i in range(n)] for rank, n in enumerate(numbers)]
+    everyone = [(rank, *x) for rank, asked in enumerate(wanted) for x in asked]
+    monkeypatch.setattr(engine, "gather", lambda items: everyone)
+    for rank in range(6):
+        monkeypatch.setattr(engine.dist, "get_rank", lambda rank=rank: rank)
+        vllm = VLLMEngine.__new__(VLLMEngine)
+        vllm.llm, vllm.ready, vllm.stop, vllm.params_class, vllm.shard = Numbered(), True, [1], dict, (rank % 2, 2, 2)
+        prompts, seeds = [p for p, _ in wanted[rank]], [s for _, s in wanted[rank]]
+        outs = vllm.generate(prompts, 2, engine.Sampling(1), seeds)
+        assert [(outs[i][1].ids, outs[i][1].logp.tolist()) for i in range(len(outs))] == [(p, [s]) for p, s in wanted[rank]]
+        told[rank] = vllm.llm.asked
+    assert [told[r] for r in range(6)] == [wanted[0]] * 2 + [wanted[3]] * 2 + [[]] * 2
+
+
+@pytest.mark.parametrize("settings, ranks, says", [
+    ({"engine": "torch"}, "4", "engine_tp: 2 needs engine=vllm: the torch engine is one a rank"),
+    ({}, "4", "engine_tp: 2 needs engine=vllm: the torch engine is one a rank"),  # auto, without CUDA
+    ({"engine": "vllm"}, "3", "engine_tp: 2 does not divide the 3 ranks of a node"),
+    ({"engine": "vllm", "engine_tp": 3}, "3", "engine_tp: 3 does not divide the 4 attention heads"),
+])  # fmt: skip
+def test_an_engine_that_cannot_be_shared_is_one_line(toy, monkeypatch, settings, ranks, says):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    cfg = Config(**{"engine_tp": 2} | settings)
+    run = SimpleNamespace(stages=[("x", cfg)], device=torch.device("cpu"), world=12)  # four nodes of three, say
+    with pytest.raises(ValueError) as e:
+        engine.make_engine(run, toy, {1})
+    assert str(e.value) == says
+
+
 # --------------------------------------------------------------------------------- what is put back
 @pytest.mark.parametrize("asked", [None, "3"])
 def test_what_import_vllm_sets_for_the_whole_process_is_put_back(monkeypatch, asked):
     from torch._inductor import config as inductor
-    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
-    if asked:
-        monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", asked)
+    for name in ("TORCHINDUCTOR_COMPILE_THREADS", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+        if asked:
+            monkeypatch.setenv(name, asked)
 
     def state():
         draws = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
         return draws, torch.get_num_threads(), torch.get_float32_matmul_precision(), \
-            os.environ.get("TORCHINDUCTOR_COMPILE_THREADS")  # fmt: skip
+            [os.environ.get(name) for name in ("TORCHINDUCTOR_COMPILE_THREADS", "LOCAL_WORLD_SIZE")]  # fmt: skip
 
     before, threads = state(), inductor.decide_compile_threads()
     assert threads == int(asked or threads)
@@ -82,6 +170,7 @@ def test_what_import_vllm_sets_for_the_whole_process_is_put_back(monkeypatch, as
             torch.set_num_threads(before[1] + 1)
             torch.set_float32_matmul_precision("medium")
             os.environ["TORCHINDUCTOR_COMPILE_THREADS"], inductor.compile_threads = "1", 1
+            os.environ["LOCAL_WORLD_SIZE"] = "1"
         assert state() == before and inductor.compile_threads == threads
 
 
@@ -110,6 +199,7 @@ def start(monkeypatch, device, error):
 
 def test_free_blocks_go_back_to_the_driver_before_the_kv_cache_is_allocated(monkeypatch):
     calls, vllm = [], VLLMEngine.__new__(VLLMEngine)
+    vllm.shard = 0, 1, 1
     model = SimpleNamespace(named_parameters=dict, load_weights=lambda named: calls.append("weights") or [])
     driver = SimpleNamespace(driver_worker=SimpleNamespace(model_runner=SimpleNamespace(model=model)))
     vllm.llm = SimpleNamespace(llm_engine=SimpleNamespace(model_executor=driver), reset_prefix_cache=lambda: True,

@@ -179,6 +179,33 @@ def test_what_vllm_needs_beside_weights_and_cache_by_hand():
     assert small == 8192 * (6 * 18944 + 4 * 3584) + 8 * 256 * 152064, "vLLM halves its batch there"
 
 
+def test_what_a_gpu_of_a_shared_engine_holds_by_hand():
+    s, config = model_sizes(qwen_7b()), qwen_7b()  # 4 kv heads
+    shards = {tp: memory.engine_shard(stage_1(engine_tp=tp), config) for tp in (1, 2, 4, 28)}
+    assert shards[1] == (2 * s.params, s.kv_bytes) and shards[2] == (s.params, s.kv_bytes / 2)
+    assert shards[4][1] == shards[28][1] == s.kv_bytes / 4 == 2 * 28 * 128 * 2, "a GPU has one kv head at least"
+    work = memory.engine_overhead(config, memory.GPUS["h100"], 2)[0]
+    assert work == 16384 * (3 * 18944 + 4 * 3584) + 8 * 1024 * 152064, "the MLP is cut, states and logits are not"
+    shares = {tp: memory.engine_room(stage_1(engine_tp=tp), config, 8, memory.GPUS["h100"]) for tp in (1, 2)}
+    assert shares[1][:2] == shares[2][:2], "what the trainer leaves is the same"
+    freed = s.params + 16384 * 3 * 18944
+    assert shares[2][2] == pytest.approx(2 * (shares[1][2] + freed / s.kv_bytes), abs=3)
+
+
+@pytest.mark.parametrize("changes, tp, ranks, says", [
+    ({}, 1, 3, ""), ({}, 2, 8, ""), ({}, 4, 8, ""), ({"num_attention_heads": 8, "num_key_value_heads": 1}, 8, 8, ""),
+    ({}, 2, 7, "does not divide the 7 ranks of a node"), ({}, 16, 8, "does not divide the 8 ranks of a node"),
+    ({}, 8, 8, "does not divide the 28 attention heads"),
+    ({"num_attention_heads": 24, "num_key_value_heads": 6}, 4, 8, "does not divide the 6 kv heads"),
+    ({"intermediate_size": 18946}, 4, 8, "does not divide the 18946 units of the MLP"),
+    ({"num_attention_heads": 24, "num_key_value_heads": 3, "intermediate_size": 18942, "vocab_size": 100}, 3, 9,
+     "does not divide the 128 rows of the padded vocabulary"),
+])  # fmt: skip
+def test_what_cannot_be_cut_over_ranks_is_one_line(changes, tp, ranks, says):
+    config = qwen_7b(head_dim=128, **changes)
+    assert memory.tp_misfit(tp, config, ranks) == (says and f"engine_tp: {tp} {says}")
+
+
 @pytest.mark.parametrize("name, entry", [("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-80GB", "a100"),
                                          ("NVIDIA GeForce RTX 4090", "rtx4090"), ("NVIDIA H100 PCIe", None)])  # fmt: skip
 def test_the_gpu_at_hand_has_its_own_memory_and_the_rates_of_its_kind(name, entry, monkeypatch):

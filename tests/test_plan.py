@@ -149,6 +149,21 @@ def test_decoding_by_hand():
     assert doubled.floor == pytest.approx(max(4 * p.flops / 989e12, weights / 3.35e12))
 
 
+def test_decoding_over_two_gpus_by_hand():
+    """The two read half of weights and cache each, for all sequences of both, and send what they add up."""
+    cut = ["stages.stage1.max_prompt_tokens=64", "stages.stage1.max_response_tokens=100"]
+    (_, cfg), (_, shared) = stages(*cut)[0], stages(*cut, "gpus=2", "engine_tp=2")[0]
+    config, batch = qwen_7b(num_hidden_layers=2), plan.Batch(512, 40, 100)
+    one = plan.decode_phase("x", cfg, given(world=1, config=config), batch, 1, 128)
+    two = plan.decode_phase("x", shared, given(world=2, config=config), batch, 1, 128)
+    assert two[:5] == one[:5] and two.floor == pytest.approx(one.floor / 2)
+    # an all-reduce over two GPUs sends once what it adds up: 2 blocks, 2 of them in each, bf16; half of the fp32 logits
+    sent = (512 * 100 + 128 * 40) * 2 * 2 * 2 * 3584 + 512 * 100 * 4 * 152064 / 2
+    assert two.expected == pytest.approx(one.expected / 2 + sent / 450e9)
+    four = plan.decode_phase("x", shared, given(world=4, config=config), batch._replace(count=1024), 1, 256)
+    assert four.floor == pytest.approx(two.floor) and four.expected == pytest.approx(two.expected)
+
+
 def test_a_slow_link_shows_only_where_it_is_slower_than_the_computation():
     slow = GPUS["h100"]._replace(link=1e9)
     cfg = stages("micro_batch_tokens=4096")[0][1]
@@ -273,6 +288,23 @@ def test_what_does_not_fit_is_said_with_changes_that_mend_it(peak, overrides, ke
             assert about(report(*overrides, more), peak), more
 
 
+def test_the_32b_with_lora_fits_on_8_gpus_where_two_share_an_engine():
+    """Qwen2.5-32B with the settings of the LoRA config: the engine's weights alone take 61 of a GPU's 79 GiB."""
+    config = qwen_7b(hidden_size=5120, num_hidden_layers=64, num_attention_heads=40, num_key_value_heads=8,
+                     intermediate_size=27648)  # fmt: skip
+    lora = ["lora_rank=32", "micro_batch_tokens=8192", "activation_checkpointing=true"]
+    assert model_sizes(config).params == 32_763_876_352
+    assert about(report(*lora, config=config), "awake") == ["engine_tp=2"]
+    text = report(*lora, "engine_tp=2", config=config)
+    assert "WARNING" not in text and "for the 2 GPUs of an engine together" in text
+    todo, where = planned(*lora, "engine_tp=2", config=config)
+    parts = plan.memory(todo[0][1], where)["awake"]
+    assert parts["engine weights"] == 32_763_876_352 and parts["frozen models"] == 2 * 32_763_876_352 / 8
+    tokens = engine_room(todo[0][1], config, 8, GPUS["h100"])[2]
+    assert parts["KV cache"] == tokens * 64 * 2 * 2 * 4 * 128, "4 of 8 kv heads on each"
+    assert parts["free"] == pytest.approx(0, abs=0.01 * 79.1 * GIB) and parts["free"] >= 0
+
+
 def test_the_shipped_7b_config_fits_without_a_warning():
     assert "WARNING" not in report()
 
@@ -355,6 +387,8 @@ def test_the_plan_of_max_steps_is_of_those_steps():
     (["gpu=b200"], "gpu"), (["gpus=0"], "gpus"), (["gpus=many"], "gpus"), (["gpu"], "gpu"),
     (["response=5000"], "response"), (["response=-1"], "response"), (["model=/no/such/folder"], "model"),
     (["stages.stage1.gpus=4"], "gpus"), (["plan_gpus=4"], "plan_gpus"), (["replicate=3"], "replicate"),
+    (["engine_tp=8"], "engine_tp"),
+    (["engine_tp=2", "gpus=1"], "engine_tp"),
 ])  # fmt: skip
 def test_mistakes_are_one_line_that_names_the_key(overrides, key, folder_7b, capsys, nothing_else):
     with pytest.raises(SystemExit) as e:

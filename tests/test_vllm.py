@@ -39,10 +39,13 @@ def toy_base():
 @pytest.fixture(scope="session")
 def odd_heads(tmp_path_factory):
     """conftest's `odd`, a head of its own, GQA and V = 37, with heads 32 wide: vLLM's CPU kernel has none of 12."""
+    return make_odd(str(tmp_path_factory.mktemp("models") / "odd"))
+
+
+def make_odd(folder, kv_heads=2):
     from lib.toy import make_toy
-    folder = str(tmp_path_factory.mktemp("models") / "odd")
     make_toy(folder, n_train=4, n_heldout=16, n_sft=4)
-    return sharpen(folder, vocab_size=37, tie_word_embeddings=False, num_key_value_heads=2)
+    return sharpen(folder, vocab_size=37, tie_word_embeddings=False, num_key_value_heads=kv_heads)
 
 
 @pytest.fixture(params=["toy_base", "odd_heads"])
@@ -133,6 +136,45 @@ def test_greedy_tokens_equal_the_torch_engine_in_bf16_but_for_ties(toy_base):
 @pytest.mark.skipif(not SMOLLM2 or not DATA.exists(), reason="NANOCURE_SMOLLM2 or GSM8K is not at hand")
 def test_greedy_tokens_equal_the_torch_engine_on_gsm8k():
     agree(50, SMOLLM2, f"{DATA}/gsm8k/test.jsonl", "chat", "50", "64", timeout=900)
+
+
+# ------------------------------------------------------------------------------------------- ranks that share an engine
+@pytest.mark.skipif(RANKS < 2, reason="an engine over two GPUs takes two")
+@pytest.mark.parametrize("kv_heads", [2, 1])  # of 4: one a rank, one on both
+def test_ranks_that_share_an_engine_get_the_samples_of_ranks_with_one_each(kv_heads, tmp_path):
+    folder = make_odd(str(tmp_path / "model"), kv_heads)
+    assert ranks(2, "tests/vllm_ranks.py", "misuse", folder, "2").stdout.count("MISUSE OK") == 2
+    for tp in (1, 2):
+        ranks(2, "tests/vllm_ranks.py", "shared", folder, str(tp), f"{tmp_path}/{tp}.json")
+    own, joint = (json.loads((tmp_path / f"{tp}.json").read_text()) for tp in (1, 2))
+    assert [x[0] for x in own] == [x[0] for x in joint] and len(own) == 2 * 2 * (7 + 8 + 1 + 6)
+    gaps = []
+    for a, b in zip(own, joint, strict=True):
+        assert a[1] == b[1] and a[3] == b[3] or CUDA, "on a GPU another order of addition may choose another token"
+        same = os.path.commonprefix([a[1], b[1]])
+        gaps += [abs(x - y) for x, y in zip(a[2][: len(same)], b[2], strict=False)]
+    print(f"{len(own)} samples, {len(gaps)} tokens, log-probs differ by at most {max(gaps):.1e}")
+    assert sum(gaps) / len(gaps) <= GAP and (CUDA or max(gaps) <= GAP)
+    half = len(own) // 2
+    assert [x[1] for x in joint[:half]] != [x[1] for x in joint[half:]], "other weights, other samples"
+
+
+@pytest.mark.skipif(RANKS < 2, reason="an engine over two GPUs takes two")
+def test_a_run_whose_ranks_share_an_engine_is_that_of_ranks_with_one_each(toy_base, tmp_path):
+    """The vocabulary of 25 rows is padded to 64, so that the second rank's half of it is padding only."""
+    for tp in (1, 2):
+        ranks(2, "cure.py", "--config", "configs/toy.yaml", "engine=vllm", f"engine_tp={tp}", "stages.stage1.steps=2",
+              "stages.stage2.steps=0", "eval_prompts=8", "eval_n=4", f"out_dir={tmp_path}/{tp}")  # fmt: skip
+        assert max(m["mismatch/mean_abs"] for m in train_lines(tmp_path / str(tp))) <= GAP
+    own, joint = (lines(tmp_path / f"{tp}/samples.jsonl") for tp in (1, 2))
+    assert len(own) == len(joint) == 2 * 8 * 16
+    if CUDA:
+        return  # see above
+    assert own == joint
+    for a, b in zip(*(lines(tmp_path / f"{tp}/metrics.jsonl") for tp in (1, 2)), strict=True):
+        assert a.keys() == b.keys()
+        differ = {k for k in a if a[k] != b[k] and not k.startswith(("timing_s", "perf", "mismatch"))}
+        assert not differ, differ
 
 
 # --------------------------------------------------------------------------------------------------------------- errors

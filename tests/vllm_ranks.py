@@ -66,9 +66,29 @@ def uneven(path):
     print("UNEVEN OK", flush=True)
 
 
-def misuse(path):
+def shared(path, tp, file):
+    """Ranks that share an engine ask for unequal numbers, some or all of them for nothing, of unequal prompts, before
+    and after a sync of other weights: what each prompt and sample got, to a file."""
+    rank, _, (engine,), tokenizer, _ = engines(path, engine_tp=int(tp))
+    text, found = tokenizer.encode("20+27+6+29?"), []
+    for factor in (1, 1.25):
+        if factor != 1:
+            engine.sleep()
+            engine.wake()
+            engine.sync((name, factor * w) for name, w in weights(path).items())
+        for turn, numbers in enumerate([(0, 7), (7, 1), (1, 0), (0, 0), (3, 3)]):
+            ids = [10 * rank + i for i in range(numbers[rank % 2])]
+            asked = [text[: 3 + i % 9] for i in ids], 2, Sampling(40), [request_seed(turn, i) for i in ids]
+            for i, outs in zip(ids, engine.generate(*asked), strict=True):
+                found += [((factor, turn, i, s), c.ids, c.logp.tolist(), c.finish) for s, c in enumerate(outs)]
+    found = sorted(gather(found))
+    if rank == 0:
+        Path(file).write_text(json.dumps(found))
+
+
+def misuse(path, tp=1):
     """Half-awake or asleep engines do not generate. A sync of too little, or that does not arrive, does not pass."""
-    _, _, (engine,), tokenizer, _ = engines(path)
+    _, _, (engine,), tokenizer, _ = engines(path, engine_tp=int(tp))
     ask = ([tokenizer.encode("2+3+4+5?")], 1, Sampling(4), [1])
     engine.generate(*ask)
     for step in ("sleep", "wake"):

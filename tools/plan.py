@@ -13,8 +13,9 @@ weight sync, sleep and wake, verifiers, checkpoints and vLLM's work on the host 
 
 floor: nothing can be faster. FLOPs take the GPU's peak, decoding the larger of that and of all bytes read at full
 bandwidth. expected: FLOPs at MFU of the peak, bytes at MBU of the bandwidth, matrix products and attention of decoding
-one after the other, FSDP's traffic where it is longer than the computation it hides behind (PCIe). FLOPs shown are
-useful ones, 3 forwards an update: what checkpointing computes again costs seconds only.
+one after the other, FSDP's traffic where it is longer than the computation it hides behind (PCIe), and that of an
+engine of engine_tp GPUs, at the link's full rate and without its latency. FLOPs shown are useful ones, 3 forwards an
+update: what checkpointing computes again costs seconds only.
 """
 
 import math
@@ -38,11 +39,13 @@ from lib.memory import (
     engine_batch,
     engine_overhead,
     engine_room,
+    engine_shard,
     engine_share,
     forward_flops,
     frozen_memory,
     host_memory,
     model_sizes,
+    tp_misfit,
     trainer_memory,
 )
 from lib.method import load_method
@@ -115,20 +118,26 @@ def pass_phase(name, cfg, given, parts, minibatches=1, update=False):
 def decode_phase(name, cfg, given, batch, rounds, prefill):
     """Generating `batch` `rounds` times. prefill: requests of a round whose context is in no prefix cache yet."""
     config, gpu, world = given[:3]
-    s, (count, context, new, _) = model_sizes(config), batch
-    mine, mean = math.ceil(count / world), context + (new + 1) / 2  # tokens in a sequence's cache when read, on average
-    room = memory(cfg, given)["awake"]["KV cache"] // s.kv_bytes
+    s, (count, context, new, _), tp = model_sizes(config), batch, cfg.engine_tp
+    token, engines = engine_shard(cfg, config)[1], world // tp
+    # sequences of an engine; tokens in a sequence's cache when read, on average
+    mine, mean = math.ceil(count / engines), context + (new + 1) / 2
+    room = memory(cfg, given)["awake"]["KV cache"] // token
     # sequences decoded together; no room at all: seconds as if there were, and `warnings` says so
     slots = min(engine_batch(gpu)[0], room // math.ceil(mean)) or engine_batch(gpu)[0]
     # read: all weights but the embedding once a decoding step, each sequence's cache once a token
-    weights = new * max(1, mine / slots) * 2 * (s.layers * s.block + s.head) / gpu.bandwidth
-    cache = mine * new * mean * s.kv_bytes / gpu.bandwidth
+    weights = new * max(1, mine / slots) * 2 * (s.layers * s.block + s.head) / tp / gpu.bandwidth
+    cache = mine * new * mean * token / gpu.bandwidth
     before = forward_flops(config, [context], 0)
     flops = forward_flops(config, [context + new], new) - before
+    # a token's bf16 state is added up over an engine's GPUs twice a block, 2 (tp - 1) / tp of it sent and received; the
+    # fp32 logits of one sampled are gathered
+    states = 8 * s.layers * config.hidden_size * (mine * new + prefill * context / engines)
+    traffic = (tp - 1) / tp * (states + 4 * config.vocab_size * mine * new) / gpu.link
     products = flops - 4 * s.heads * s.layers * mean * new  # without attention: its time is that of reading the cache
     reading = prefill * before / world / gpu.flops
-    floor = max(mine * flops / gpu.flops, weights + cache) + reading
-    expected = max(mine * products / gpu.flops / MFU, weights / MBU) + cache / MBU + reading / MFU
+    floor = max(mine * flops / tp / gpu.flops, weights + cache) + reading
+    expected = max(mine * products / tp / gpu.flops / MFU, weights / MBU) + cache / MBU + reading / MFU + traffic
     totals = count, count * new, count * new + prefill * context, count * flops + prefill * before, floor, expected
     return Phase(name, *(rounds * x for x in totals))
 
@@ -161,10 +170,11 @@ def memory(cfg, given):
     """Bytes of one GPU by part at the two peaks of trainer_memory -> {"awake": parts, "asleep": parts}. `free` is the
     rest, negative where it does not fit."""
     config, gpu, world, _, frozen = given[:5]
-    s, total = model_sizes(config), gpu.memory * GIB
-    cache = max(0, engine_room(cfg, config, world, gpu, frozen)[2]) * s.kv_bytes
-    work, graphs = engine_overhead(config, gpu)
-    engine = {"engine weights": 2 * s.params, "KV cache": cache, "engine workspace": work, "CUDA graphs": graphs}
+    total = gpu.memory * GIB
+    weights, token = engine_shard(cfg, config)
+    cache = max(0, engine_room(cfg, config, world, gpu, frozen)[2]) * token
+    work, graphs = engine_overhead(config, gpu, cfg.engine_tp)
+    engine = {"engine weights": weights, "KV cache": cache, "engine workspace": work, "CUDA graphs": graphs}
     awake, asleep = trainer_memory(cfg, config, world, frozen)
     peaks = {"awake": awake | engine, "asleep": asleep | dict.fromkeys(engine, 0) | {"CUDA graphs": graphs}}
     return {k: parts | {"free": total - sum(parts.values())} for k, parts in peaks.items()}
@@ -192,6 +202,7 @@ def remedies(cfg, given, peak):
         "activation_checkpointing": [True],
         "micro_batch_tokens": range(cfg.micro_batch_tokens // 1024 * 1024, longest - 1, -1024),
         "gpu_memory_utilization": [k / 100 for k in range(99, 0, -1)],
+        "engine_tp": [k for k in (2, 4, 8) if not tp_misfit(k, given.config, given.world // cfg.replicate)],
     }
     found = {key: next((v for v in values if mends(**{key: v})), 0) for key, values in tries.items()}
     found["gpus"] = next((n for n in counts if n > given.world and mends(given._replace(world=n))), 0)
@@ -289,7 +300,8 @@ def report(stages, given):
     awake, asleep = memory(cfg, given).values()
     table = [[f"GiB of {gpu.memory} a GPU", "engine awake, log-prob pass", "engine asleep, update"]]
     table += [[k, f"{awake[k] / GIB:.1f}", f"{asleep[k] / GIB:.1f}"] for k in awake]
-    tokens, longest = round(awake["KV cache"] / s.kv_bytes), cfg.max_prompt_tokens + cfg.max_response_tokens
+    tokens = round(awake["KV cache"] / engine_shard(cfg, config)[1])
+    longest = cfg.max_prompt_tokens + cfg.max_response_tokens
     one, most, left = (b / 1e9 for b in disk(stages, config))
     start, save = (b / GIB for b in host(config, world // cfg.replicate))
     return "\n".join([
@@ -299,7 +311,8 @@ def report(stages, given):
         *sum(stage_lines, []),
         f"all stages: expected {sum(hours):.1f} h = {sum(hours) * world:.3g} GPU hours",
         "", aligned(table),
-        f"KV cache: {tokens} tokens = {tokens // longest} sequences of {longest}",
+        f"KV cache: {tokens} tokens = {tokens // longest} sequences of {longest}"
+        + f", for the {cfg.engine_tp} GPUs of an engine together" * (cfg.engine_tp > 1),
         f"micro_batch_tokens {cfg.micro_batch_tokens}, "
         f"activation checkpointing {'on' if cfg.activation_checkpointing else 'off'}",
         "", f"host memory: {start:.0f} GiB at the start, {save:.0f} GiB while a checkpoint is written, "
@@ -334,6 +347,8 @@ def arguments(argv):
     path = bed.folder if first.model in toy.BEDS else first.model
     unmade = bed and not os.path.exists(f"{path}/config.json")
     config = bed.config() if unmade else load_hf_config(path)  # the toy has a shape before it has a folder
+    if wrong := tp_misfit(first.engine_tp, config, int(own["gpus"]) // first.replicate):
+        raise ValueError(wrong)
     there = int(own["host"]) or (host_memory() if torch.cuda.is_available() else 0)
     reference = any(load_method(cfg, HOOKS).reference for _, cfg in stages)
     frozen = frozen_memory(config, int(own["gpus"]) // first.replicate) if reference else 0
