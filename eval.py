@@ -44,8 +44,8 @@ PRESETS = {
     "entropy": {"template": "boxed", "eval_temperature": 1.0, "eval_top_p": 1.0, "max_response_tokens": 4096},
 }
 # what the samples depend on: in eval.json, and refused if it differs when an evaluation goes on
-KEYS = ("template", "system_prompt", "stop_token_ids", "verifier", "max_prompt_tokens", "max_response_tokens",
-        "eval_data", "eval_prompts", "eval_n", "eval_temperature", "eval_top_p", "engine", "dtype", "seed")  # fmt: skip
+KEYS = ("template", "system_prompt", "chat_args", "stop_token_ids", "verifier", "max_prompt_tokens", "eval_data",
+        "max_response_tokens", "eval_prompts", "eval_n", "eval_temperature", "eval_top_p", "engine", "dtype", "seed")
 NO_ANSWER = (INVALID, "[TIMEOUT]", "[CRASH]")  # reward.py's marks; [0,1] is an answer and has a vote
 
 
@@ -211,7 +211,7 @@ def open_results(run, report):
                          "another out_dir begins anew")  # fmt: skip
     for name in report["settings"].keys() & old.get("settings", {}).keys():
         now, then = (r["settings"][name] for r in (report, old))
-        for k in [k for k in now if now[k] != then.get(k)]:
+        for k in [k for k in now if now[k] != then.get(k, now[k])]:
             raise ValueError(f"{k.removesuffix('_sha256')}: {name} in {run.out} was begun with {then.get(k)!r}, "
                              f"not {now[k]!r}; another out_dir begins anew")  # fmt: skip
     report["settings"], report["results"] = (old.get(k, {}) | report[k] for k in ("settings", "results"))

@@ -1,6 +1,6 @@
 """Checkpoints: written whole or not at all, checked when they are read.
 
-    ckpt/step_000040/hf/           an ordinary Hugging Face folder, for users
+    ckpt/step_000040/hf/           an ordinary Hugging Face folder, for users, with a model card
                      state/        fp32 weights and Adam's moments, safetensors shards of each rank, for resuming
                      meta.json     stage, step, data cursor, counters, sizes of the logs, hashes of the code
                      SHA256SUMS    of every file above; `sha256sum -c SHA256SUMS` checks it without us
@@ -18,6 +18,7 @@ from pathlib import Path
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
+from lib.card import save_card
 from lib.config import FREE, Config, keys
 from lib.files import TMP, delete, files, read_json, replace_file, sha256, sync
 from lib.policy import bins
@@ -52,6 +53,7 @@ def save(run, cfg, stream, final):
         everywhere(lambda: dcp.save(state, storage_writer=writer))
         everywhere(lambda: run.policy.save_hf(f"{tmp}/hf", run.tokenizer))
         everywhere(lambda: run.policy.save_adapter(f"{tmp}/adapter"))
+        everywhere((lambda: save_card(run, cfg, f"{tmp}/hf")) if run.rank == 0 else None)
         sums = checksums(tmp, files(tmp), run)
         everywhere((lambda: seal(run, tmp, name, sums)) if run.rank == 0 else None)
     except RuntimeError as e:

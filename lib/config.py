@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from lib.data import TEMPLATES
+from lib.track import OPEN as TRACKERS
 from reward import VERIFIERS
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -54,6 +55,7 @@ class Config:
     data: str = key("BytedTsinghua-SIA/DAPO-Math-17k", "hub id, .parquet or .jsonl; toy, countdown")
     template: str = key("chat", "how a question becomes a prompt (lib/data.render)", TEMPLATES)
     system_prompt: str = key("", "instead of the data's own")
+    chat_args: dict[str, Any] = key({}, "for the chat template, e.g. chat_args.enable_thinking=false")
     stop_token_ids: list[int] = key([], "[] = eos of tokenizer and generation config", None, RUN)
     verifier: str = key("dapo", "what is right (reward.py)", tuple(VERIFIERS))
     title("the stage")
@@ -122,6 +124,7 @@ class Config:
     save_every: int = key(50, "steps; 0 = only at stage ends", ">= 0", FREE)
     keep_ckpts: int = key(2, "newest checkpoints kept, besides every stage end", "> 0", FREE)
     samples_per_step: int = key(8, "groups written to samples.jsonl; 0 = all", ">= 0", FREE)
+    track: str = key("", f"also log to {' | '.join(TRACKERS)} (lib/track.py)", None, RUN, FREE)
 
     name: str = ""  # of the stage, filled in: no setting
 
@@ -264,6 +267,7 @@ def check(cfg):
         (cfg.importance and not is_importance(*cfg.importance),
          f"importance: is [mode, low, high], mode one of {', '.join(IMPORTANCE)}, got {cfg.importance}"),
         (cfg.method_args and not cfg.method, "method_args: are of a method, and method is empty"),
+        (cfg.track and cfg.track not in TRACKERS, f"track: must be one of {', '.join(TRACKERS)}, got {cfg.track!r}"),
     ):  # fmt: skip
         if wrong:
             raise ValueError(message)

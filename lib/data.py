@@ -4,6 +4,7 @@ file and line. What is not kept is counted, and the counts add up to the rows of
 
 import difflib
 import hashlib
+import inspect
 import json
 import os
 import random
@@ -182,7 +183,7 @@ def load_rows(source, key="data", sft=False):
 
 
 # ---------------------------------------------------------------------------------------------------- text and tokens
-def render(prompt, template, tokenizer, system_prompt=""):
+def render(prompt, template, tokenizer, system_prompt="", chat_args=None):
     r"""The text that the model continues. prompt: a str (one user message) or chat messages.
 
     chat    the tokenizer's own chat template
@@ -192,11 +193,14 @@ def render(prompt, template, tokenizer, system_prompt=""):
     countdown   TinyZero's instruction for "3 7 8 -> 29", and its base prompt where there is no chat template
     raw     the text itself; of messages the contents, one a line
     dapo, boxed and countdown go through the chat template where there is one, else as plain text. boxed and 8020 first
-    take off DAPO-Math's instruction: asking for two answer formats gets neither. system_prompt replaces the data's."""
+    take off DAPO-Math's instruction: asking for two answer formats gets neither. system_prompt replaces the data's.
+    chat_args: keyword arguments of the chat template, such as Qwen3's enable_thinking."""
     if template not in TEMPLATES:
         raise ValueError(f"template: {template!r} is none of {', '.join(TEMPLATES)}")
     if system_prompt and template in PLAIN:
         raise ValueError(f"system_prompt: template {template} has no place for it: leave it empty")
+    if chat_args:
+        check_chat_args(chat_args, template, tokenizer)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
     if template in ("dapo", "boxed", "8020"):
         turn = next((m for m in reversed(messages) if m["role"] == "user"), messages[-1])
@@ -222,18 +226,32 @@ def render(prompt, template, tokenizer, system_prompt=""):
         return f"User:\n{text}\n\nAssistant:\n" if template == "8020" else text
     from jinja2 import TemplateError
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError as e:  # "System role not supported", "roles must alternate" …
-        raise ValueError(f"template: the tokenizer's chat template refuses the messages or system_prompt: {e}") from e
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **(chat_args or {}))
+    except (TemplateError, TypeError) as e:  # "System role not supported", "roles must alternate", an odd chat_args …
+        what = "messages, system_prompt or chat_args" if chat_args else "messages or system_prompt"
+        raise ValueError(f"template: the tokenizer's chat template refuses the {what}: {e}") from e
 
 
-def load_prompts(source, tokenizer, template, max_prompt_tokens, system_prompt="", limit=0, key="data", sft=False):
+def check_chat_args(chat_args, template, tokenizer):
+    """ValueError: chat_args that no chat template would see. Jinja ignores a name that a template does not read."""
+    if template in PLAIN or not tokenizer.chat_template:
+        what = f"template {template} uses no" if template in PLAIN else "this model's tokenizer has no"
+        raise ValueError(f"chat_args: {what} chat template: leave it empty")
+    ours = {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters}
+    if bad := sorted(chat_args.keys() & ours):
+        raise ValueError(f"chat_args: {bad[0]} is not the chat template's to take: leave it out")
+    if bad := [name for name in chat_args if not re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template))]:
+        raise ValueError(f"chat_args: the tokenizer's chat template does not read {bad[0]}")
+
+
+def load_prompts(source, tokenizer, template, max_prompt_tokens, system_prompt="", chat_args=None, limit=0, key="data",
+                 sft=False):  # fmt: skip
     """load_rows, rendered and tokenised -> (prompts in the source's order, its counts with too_long and over_limit).
 
     A prompt of more than max_prompt_tokens is dropped, not cut: a question without its end has no answer. limit > 0
     keeps the first so many. key: what messages call the source, data or eval_data."""
     rows, counts = load_rows(source, key, sft)
-    texts = [render(row["prompt"], template, tokenizer, system_prompt) for row in rows]
+    texts = [render(row["prompt"], template, tokenizer, system_prompt, chat_args) for row in rows]
     # No special tokens: a chat template writes its own BOS, and some tokenizers would put an EOS *behind* the prompt.
     # But plain text without BOS is what a Llama has never seen: where its tokenizer puts one (not so Qwen's), so do we.
     bos = [] if template not in PLAIN and tokenizer.chat_template else [tokenizer.bos_token_id]

@@ -122,7 +122,10 @@ def one_line_errors():
 
 
 def end_group(run):
-    """End the process group, all ranks together. Where the engine is vLLM's, its own finalizer tears the group down."""
+    """Close the run's tracker and end the process group, all ranks together. Where the engine is vLLM's, its own
+    finalizer tears the group down."""
+    if run.tracker:
+        run.tracker.close()
     dist.barrier()
     if not hasattr(run.engine, "llm"):
         dist.destroy_process_group()

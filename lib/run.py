@@ -26,6 +26,7 @@ from lib.method import method_file
 from lib.policy import Policy, compute_dtype, packed_length
 from lib.pool import VerifierPool
 from lib.ranks import everywhere, gather, init_distributed, timed
+from lib.track import Tracker, require
 from lib.weights import load_hf_config, load_tokenizer, named_from_folder
 from reward import self_test
 
@@ -39,10 +40,11 @@ class Run:
         self.stages, self.rank, self.world, self.device = stages, rank, world, device
         self.state = {
             "stage": stages[0][0], "stage_step": 0, "stage_done": False, "step": 0, "opt_step": 0, "adam_step": 0,
-            "generated": 0, "gaps": [], "skipped_in_a_row": 0, "cursor": [0, 0], "files": {},
+            "generated": 0, "gaps": [], "skipped_in_a_row": 0, "cursor": [0, 0], "files": {}, "evaluation": None,
         }  # fmt: skip
         self.out, self.stop, self.engine, self.policy, self.reference = stages[0][1].out_dir, False, None, None, None
         self.pending = {}  # timing_s/save of a checkpoint, for the next line of the log
+        self.tracker, self.shown = None, []  # rank 0's, and the step's rows of samples.jsonl
         methods = {method_file(m) for _, cfg in stages for m in cfg.method}  # which may import each other
         self.code = code_hashes(*methods, *(glob(f"{HERE}/methods/*.py") if methods else ()))
 
@@ -92,12 +94,19 @@ class Run:
         everywhere(write if self.rank == 0 and self.files else None)
 
     def log(self, line):
-        """Append one line to metrics.jsonl."""
+        """Append one line to metrics.jsonl, and pass it on to the tracker."""
         s = self.state
         head = {"step": s["step"], "stage": s["stage"], "opt_step": s["opt_step"], "tokens/generated": s["generated"]}
         line, self.pending = {**head, **line, **self.pending}, {}
         line = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in line.items()}
+        if numbers := {k: v for k, v in line.items() if k.startswith("eval/") and k != "eval/right"}:
+            cfg = dict(self.stages)[s["stage"]]
+            how = {k: getattr(cfg, k) for k in ("eval_data", "eval_temperature", "eval_top_p")}
+            s["evaluation"] = {"step": s["step"], "stage": s["stage"], **how, **numbers}  # for the model card
         self.append("metrics.jsonl", [line])
+        if self.tracker:
+            self.tracker.log(line, self.shown)
+        self.shown = []
 
     def samples(self, rollouts, cfg):
         """Append the first samples_per_step groups to samples.jsonl."""
@@ -106,8 +115,10 @@ class Run:
         piece = functools.cache(lambda i: self.tokenizer.decode([i]))
         shown = [r for r in rollouts if r.group in groups]
         step = self.state["step"]
-        rows = (sample_row(r, cfg, step, texts[r.prompt_id], [piece(i) for i in r.response_ids]) for r in shown)
-        self.append("samples.jsonl", rows)
+        if self.rank == 0:
+            self.shown = [sample_row(r, cfg, step, texts[r.prompt_id], [piece(i) for i in r.response_ids])
+                          for r in shown]  # fmt: skip
+        self.append("samples.jsonl", self.shown)
 
 
 def sample_row(r, cfg, step, prompt, tokens):
@@ -237,6 +248,8 @@ def prepare_run(stages, train=True, trainer=True, files=True, reference=False):
     for entropies. files=False: nothing is resumed and nothing written."""
     run = Run(stages, *init_distributed(), files)
     first = stages[0][1]
+    if train and files:
+        require(first.track)
     if reference and first.kind == "sft":
         raise ValueError("method: the reference is the model that a run begins with, here before its sft: make sft a "
                          "run of its own, then model=RUN/ckpt/STEP/hf")  # fmt: skip
@@ -285,7 +298,7 @@ def load_tasks(run, stages, train):
     run.tasks, run.heldout = {}, {}
     pool = VerifierPool(timeout_s=5.0 if train else 20.0)  # a busy machine once stalled a gold of 0.5 ms for over 5 s
     for name, cfg in stages:
-        args = run.tokenizer, cfg.template, cfg.max_prompt_tokens, cfg.system_prompt
+        args = run.tokenizer, cfg.template, cfg.max_prompt_tokens, cfg.system_prompt, cfg.chat_args
         if train:
             prompts, counts = data.load_prompts(cfg.data, *args, key="data", sft=cfg.kind == "sft")
             check_golds(prompts if cfg.kind == "rl" else (), cfg.verifier, "data")
@@ -355,6 +368,8 @@ def start_files(run, resume):
     replace_file(f"{run.out}/config.yaml", OmegaConf.to_yaml(OmegaConf.create(resolved)))
     replace_file(f"{run.out}/stages.json", json.dumps({n: vars(c) for n, c in run.stages}, indent=1))
     replace_file(f"{run.out}/versions.json", json.dumps(versions(run), indent=1))
+    if (first := run.stages[0][1]).track:  # the same command goes on in the same run of the tracker
+        run.tracker = Tracker(run, first.track, again=bool(resume) and first.resume == "auto")
 
 
 def versions(run):

@@ -486,7 +486,7 @@ def test_only_an_engine_of_vllm_leaves_the_end_of_the_group_to_vllm(monkeypatch)
     monkeypatch.setattr(ranks.dist, "destroy_process_group", lambda: ended.append(1))
     for engine, ends in ((None, 1), (SimpleNamespace(model=1), 1), (SimpleNamespace(llm=1), 0)):
         ended.clear()
-        ranks.end_group(SimpleNamespace(engine=engine))
+        ranks.end_group(SimpleNamespace(engine=engine, tracker=None))
         assert len(ended) == ends, engine
 
 

@@ -14,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib import data
+from lib.config import Config, load_config
+from lib.run import load_tasks
 from lib.toy import make_toy, make_toy_base, toy_problem, toy_regions
 from reward import last_boxed
 
@@ -22,6 +24,8 @@ REAL = ROOT.parent / "shared" / "data"
 real = pytest.mark.skipif(not REAL.is_dir(), reason="needs the data files beside the repository")
 CHATML = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
           "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+THINKING = CHATML.replace("<|assistant|>", "<|assistant|>{% if enable_thinking is defined and enable_thinking is false %}"
+                          "<think>\n\n</think>\n\n{% endif %}")  # as Qwen3's
 
 
 def write(path, rows):
@@ -334,6 +338,59 @@ def test_template_errors_name_their_key(plain, chat):
     picky = byte_tokenizer()
     picky.chat_template = "{{ raise_exception('System role not supported') }}"
     fails("^template: .*System role not supported", data.render, "q", "chat", picky, "S")
+
+
+@pytest.fixture(scope="module")
+def thinking():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = THINKING
+    return tokenizer
+
+
+@pytest.mark.parametrize("template", ["chat", "dapo", "boxed"])
+def test_chat_args_reach_the_chat_template(thinking, template):
+    plainly = data.render("1+1?", template, thinking, "S")
+    quiet = data.render("1+1?", template, thinking, "S", {"enable_thinking": False})
+    assert quiet == plainly + "<think>\n\n</think>\n\n" and plainly.endswith("<|assistant|>")
+    assert data.render("1+1?", template, thinking, "S", {"enable_thinking": True}) == plainly, "its default may be said"
+    assert data.render("1+1?", template, thinking, "S", {}) == plainly
+
+
+def test_chat_args_are_typed_and_may_differ_between_stages(tmp_path):
+    (tmp_path / "c.yaml").write_text("chat_args: {enable_thinking: false}\nstages:\n  a: {}\n  b: {chat_args: {other: [1, x]}}\n")
+    (_, a), (_, b) = load_config(["--config", f"{tmp_path}/c.yaml"])
+    assert a.chat_args == {"enable_thinking": False} and b.chat_args == {"enable_thinking": False, "other": [1, "x"]}
+    ((_, c),) = load_config(["chat_args.enable_thinking=false"])
+    assert c.chat_args["enable_thinking"] is False, "not the text false, which Qwen3's template would not take for it"
+
+
+def test_training_sft_and_evaluation_share_chat_args(tmp_path, thinking, monkeypatch):
+    monkeypatch.setattr("lib.run.self_test", lambda *args: None)
+    rows = write(tmp_path / "a.jsonl", [{"prompt": "1+1?", "answer": 2, "solution": "2"}])
+    stages = [(kind, Config(name=kind, kind=kind, data=rows, eval_data=rows, chat_args={"enable_thinking": kind == "rl"}))
+              for kind in ("sft", "rl")]
+    for train in (True, False):
+        run = SimpleNamespace(tokenizer=thinking, print=print, rank=0)
+        load_tasks(run, stages, train)
+        for tasks in (run.tasks, run.heldout) if train else (run.heldout,):
+            assert [task.prompts[0].text.endswith("</think>\n\n") for task in tasks.values()] == [True, False]
+
+
+def test_chat_args_that_no_chat_template_would_see_are_refused(thinking, chat, plain):
+    quiet = {"enable_thinking": False}
+    for template in ("raw", "8020"):
+        fails(f"^chat_args: template {template} uses no chat template", data.render, "q", template, chat, "", quiet)
+    for template in ("chat", "boxed"):
+        fails("^chat_args: this model's tokenizer has no chat template", data.render, "q", template, plain, "", quiet)
+    fails("^chat_args: the tokenizer's chat template does not read enable_thinking", data.render, "q", "chat", chat, "", quiet)
+    fails("^chat_args: .* does not read thinking$", data.render, "q", "chat", thinking, "", {"thinking": False})
+    for name in ("tokenize", "add_generation_prompt", "messages", "conversation", "chat_template", "continue_final_message",
+                 "return_tensors", "tools"):
+        fails(f"^chat_args: {name} is not the chat template's", data.render, "q", "chat", thinking, "", quiet | {name: True})
+    picky = byte_tokenizer()
+    picky.chat_template = "{{ 1 + budget }}"
+    assert data.render("q", "chat", picky, "", {"budget": 2}) == "3"
+    fails("^template: .*refuses the messages, system_prompt or chat_args", data.render, "q", "chat", picky, "", {"budget": "x"})
 
 
 def test_a_prompt_of_ten_thousand_tokens_is_dropped_and_counted(tmp_path, plain):

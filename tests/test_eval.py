@@ -279,10 +279,27 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_numbers(argv, done, tmp_p
     assert len(lines(tmp_path / "run/samples.jsonl")) == 4
     with open(tmp_path / "run/samples.jsonl", "a") as f:
         f.write('{"benchmark": "rl", "id": 4, "samp')           # killed while it wrote
+    report = json.load(open(tmp_path / "run/eval.json"))
+    assert report["settings"]["rl"].pop("chat_args") == {}       # a version from before there were any
+    (tmp_path / "run/eval.json").write_text(json.dumps(report))
     evaluation.main(out)
     assert open(tmp_path / "run/samples.jsonl").read() == open(f"{done}/samples.jsonl").read()
     assert result(tmp_path / "run") == result(done)
     assert json.load(open(tmp_path / "run/eval.json"))["results"]["rl"]["read_back"] == 4
+
+
+def test_an_evaluation_takes_chat_args(argv, tiny, tmp_path, capsys):
+    from transformers import AutoTokenizer
+    shutil.copytree(tiny[0], tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.chat_template = "{{ messages[0]['content'] }}{% if quiet is defined and quiet %}={% endif %}"
+    tokenizer.save_pretrained(tmp_path / "model")
+    out = [*argv[:-1], f"model={tmp_path}/model", "template=chat", "eval_prompts=2", f"out_dir={tmp_path}/run"]
+    evaluation.main([*out, "chat_args.quiet=true"])
+    assert [r["prompt"] for r in lines(tmp_path / "run/samples.jsonl")] == ["1+1?=", "1+2?="]
+    assert json.load(open(tmp_path / "run/eval.json"))["settings"]["rl"]["chat_args"] == {"quiet": True}
+    assert refused(out, capsys).startswith("chat_args: rl in ")
+    assert "does not read loud" in refused([*out, "chat_args.loud=true"], capsys)
 
 
 def sharp_argv(folder, out):

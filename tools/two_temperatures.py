@@ -73,7 +73,7 @@ def task_and_engine(argv):
     if not stop_ids:
         raise ValueError(f"stop_token_ids: the tokenizer of {path!r} has no end token: name one")
     prompts, _ = load_prompts(source, tokenizer, cfg.template, cfg.max_prompt_tokens, cfg.system_prompt,
-                              limit=cfg.eval_prompts, key="eval_data")
+                              cfg.chat_args, limit=cfg.eval_prompts, key="eval_data")
     verifier = cfg.verifier if "verifier" in given else grader(cfg.eval_data, cfg.template) or cfg.verifier
     task = Task("eval", prompts, None, tokenizer, None, VerifierPool(timeout_s=20.0), verifier)
     self_test(verifier, task.verifiers)
