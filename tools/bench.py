@@ -31,7 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lib import data, toy
 from lib.config import load_config
 from lib.engine import Sampling, TorchEngine, VLLMEngine, request_seed
-from lib.memory import forward_flops, peak_flops, peak_memory
+from lib.memory import forward_flops, peak_flops, peak_memory, train_flops
 from lib.policy import Policy, compute_dtype, pack, packed_length, partition
 from lib.pool import VerifierPool
 from lib.ranks import gather, init_distributed, leave, one_line_errors, timed
@@ -134,11 +134,12 @@ class Bench:
     def note(self, name, value):
         self.notes[name] = float(f"{value:.4g}")
 
-    def speed(self, name, seconds, forwards=0):
-        """Note response tokens a second and rank, and what the hardware makes of so many forwards over the rollouts."""
+    def speed(self, name, seconds, work=None):
+        """Note response tokens a second and rank, and what the hardware makes of `work`, a function of lib/memory.py
+        that counts FLOPs, over the rollouts."""
         self.note(f"{name}, response tokens/s and rank", self.trained / seconds / self.world)
-        if forwards:
-            flops = forwards * forward_flops(self.config, self.lengths, self.trained) / seconds / self.world
+        if work:
+            flops = work(self.config, self.lengths, self.trained, self.cfg.lora_rank) / seconds / self.world
             self.note(f"{name}, TFLOP/s and rank", flops / 1e12)
             if peak := peak_flops():
                 self.note(f"{name}, MFU", flops / peak)
@@ -194,7 +195,7 @@ def bench_update(b):
         "update": optimizer_step(b, b.rows, norms, "packed"),
         wide: optimizer_step(b, b.rows, norms, "padded", packing=padding, padded=longest),
     })  # fmt: skip
-    b.speed("update", seconds["update"], forwards=3)
+    b.speed("update", seconds["update"], train_flops)
     b.speed(wide, seconds[wide])
     b.note("update packed / padded, tokens/s", seconds[wide] / seconds["update"])
     b.note("gradient norm padded / packed - 1", norms["padded"] / norms["packed"] - 1)
@@ -216,7 +217,7 @@ def bench_scaling(b):
 def bench_score(b):
     """The log-prob pass over all rollouts."""
     mine = micro_batches(b.rows, b.cfg, b.rank, b.world)
-    b.speed("log-prob pass", b.turns({"score": partial(b.policy.score, mine, 1.0)})["score"], forwards=1)
+    b.speed("log-prob pass", b.turns({"score": partial(b.policy.score, mine, 1.0)})["score"], forward_flops)
 
 
 def sync(b, engine):

@@ -295,7 +295,7 @@ def timed_update(run, cfg, name):
         with timed(clock := {}, "update"):
             norm, _ = run.policy.update(mine, bench.loss_of(rows), 1.0, 0.0, 0.0)
     lengths, tokens = [policy.packed_length(r) for r in rows], sum(len(r.response_ids) for r in rows)
-    speed = utilisation(run.config, lengths, tokens, clock["timing_s/update"], run.world)
+    speed = utilisation(run.config, lengths, tokens, clock["timing_s/update"], run.world, (), cfg.lora_rank)
     names = {"perf/trained_throughput": "tokens/s", "perf/tflops": "TFLOP/s", "perf/mfu": "MFU"}
     if torch.cuda.is_available():
         run.peaks[name] = (torch.cuda.max_memory_allocated() - before) / GIB, need
