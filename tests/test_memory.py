@@ -153,6 +153,10 @@ def saved_bytes(config, rows, checkpointing, share=False, rank=0):
 
 PUBLISHED = {
     "Qwen2.5-0.5B": bench.shape_config("0.5b"), "Qwen2.5-7B": bench.shape_config("7b"),
+    "Qwen3-4B": AutoConfig.for_model(
+        "qwen3", hidden_size=2560, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+        intermediate_size=9728, vocab_size=151936, tie_word_embeddings=True,
+    ),
     "Qwen3-8B": AutoConfig.for_model(
         "qwen3", hidden_size=4096, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
         intermediate_size=12288, vocab_size=151936, tie_word_embeddings=False,

@@ -14,6 +14,7 @@ from conftest import first_line, largest, lines, train_lines
 import cure
 from lib.config import Config
 from lib.method import for_step, load_method
+from lib.policy import Policy
 from loss import group_advantages, importance_weights, policy_loss
 from methods import (
     adaptive_entropy,
