@@ -43,7 +43,7 @@ REGIMES = {  # regime: arms, steps between evaluations, steps of stage 1, budget
     "hard": (["cure", "random", "dapo"], 5, 15, BUDGETS, SEEDS,
              ["data=runs/countdown-base/hard.jsonl", "prompts_per_step=64", "samples_per_step=0"]),
     "methods": (list(METHODS), 20, 40, BUDGETS[:1], SEEDS[:1], []),
-    "lora": (["dapo", "lora"], 20, 0, BUDGETS[:2], SEEDS, []),
+    "lora": (["dapo", "lora"], 20, 0, BUDGETS, SEEDS, []),
 }  # fmt: skip
 COMPARED = [("cure", "random"), ("cure", "surprisal"), ("cure", "dapo"), ("cure", "none"), ("8020", "dapo"),
             ("8020", "random20"), ("lora", "dapo")]
