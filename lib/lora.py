@@ -20,8 +20,12 @@ from lib.files import replace_file
 class LoraLinear(torch.nn.Linear):
     """A linear layer with an adapter. Made of a plain one by `adapt`, so that its names stay those of the model."""
 
+    on = True  # of all layers; False: the model as it was (Policy.score_base)
+
     def forward(self, x):
-        return F.linear(x, self.weight, self.bias) + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
+        y = F.linear(x, self.weight, self.bias)
+        # the scale goes to the narrow product: that of B has as many numbers as y
+        return y + F.linear(self.scale * F.linear(x, self.lora_A), self.lora_B) if self.on else y
 
     def merged(self, weight, A, B):
         """W + (alpha / r) B A of full tensors, in fp32."""

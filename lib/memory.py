@@ -98,7 +98,9 @@ def trainer_memory(cfg, config, world, frozen=0):
                reduced. The root's: its gradient in both.
     A block saves 16 D + 8 I + 4 Q + 4 KV bytes a token (norms compute in fp32), and 6 (Q + KV) for norms of queries and
     keys. In brooms attention keeps a branch's keys and values with its trunk's gathered before them: at most 1 + n2
-    times 4 KV. A checkpointed block saves its input, 2 D. tests/test_memory.py counts what the real forward saves.
+    times 4 KV. A checkpointed block saves its input, 2 D. With adapters it saves 2 r bytes a token for each of its
+    seven layers, and no norm, since they are frozen, saves its bf16 output. tests/test_memory.py counts what the real
+    forward saves.
     reserve    3 GiB for the CUDA context, NCCL and fragmentation"""
     s, world = model_sizes(config), world // cfg.replicate  # GPUs that share a copy
     adapters = adapter_parameters(config, cfg.lora_rank)
@@ -108,11 +110,13 @@ def trainer_memory(cfg, config, world, frozen=0):
     T, D, inner = cfg.micro_batch_tokens, config.hidden_size, config.intermediate_size
     chunks = 3 * 4 * HEAD_CHUNK * config.vocab_size
     gathered = 1 + cfg.n2 if cfg.packing == "broom" else 1
-    block = T * (16 * D + 8 * inner + 4 * s.heads + 4 * s.kv * gathered + 6 * s.normed)
+    norm = 0 if adapters else 2  # bytes that a norm with a gradient saves of each number
+    block = T * (2 * (6 + norm) * D + 8 * inner + 4 * s.heads + 4 * s.kv * gathered + (4 + norm) * s.normed)
+    block += T * 2 * 7 * cfg.lora_rank
     kept, again = (2 * T * D, block) if cfg.activation_checkpointing else (block, 0)
-    saved = s.layers * kept + T * 8 * D  # the last norm's, the head's input
+    saved = s.layers * kept + T * (6 + norm) * D  # the last norm's, the head's input
     # activations, logit chunks, gradient buffers
-    scoring = 2 * T * (8 * D + 3 * inner), chunks, 0
+    scoring = 2 * T * (8 * D + (4 if adapters else 3) * inner), chunks, 0
     moments = (saved, chunks, 10 * head), (saved + again, 0, 2 * head + 6 * of_block), (0, 0, 6 * root)
     peaks = []
     for gradients, (activations, logits, buffers) in ((0, scoring), (4 * trained / world, max(moments, key=sum))):
@@ -227,25 +231,42 @@ def peak_flops():
     return this_gpu().flops if torch.cuda.is_available() else 0
 
 
-def forward_flops(config, lengths, head_tokens=None):
+def forward_flops(config, lengths, head_tokens=None, lora_rank=0):
     """FLOPs of one forward over packed sequences of these lengths n, a multiply-add counted as 2:
 
         2 · weights of the blocks' matrix products · Σ n + 4 · query width · blocks · Σ n (n + 1) / 2 + 2 · D · V · h
 
     The middle term is causal attention: Q K^T and P V for each pair of a token and one it sees. Embedding look-up,
-    norms, RoPE and softmax count nothing. h = head_tokens: how many tokens go through the head (None: all)."""
+    norms, RoPE and softmax count nothing. h = head_tokens: how many tokens go through the head (None: all).
+    lora_rank: adapters stand beside the blocks' weights, and their weights are multiplied as well."""
     s = model_sizes(config)
     tokens, pairs = sum(lengths), sum(n * (n + 1) // 2 for n in lengths)
     head = tokens if head_tokens is None else head_tokens
-    return 2 * s.linear * tokens + 4 * s.heads * s.layers * pairs + 2 * s.head * head
+    weights = s.linear + adapter_parameters(config, lora_rank)
+    return 2 * weights * tokens + 4 * s.heads * s.layers * pairs + 2 * s.head * head
 
 
-def utilisation(config, lengths, response_tokens, seconds, world, shared=()):
-    """Model FLOPs utilisation of an update: 3 forwards (a backward is 2) over the rollouts trained on, of `lengths`
-    packed tokens, whatever is computed again, padded or waited for. Embeddings do not count (forward_flops). shared:
-    of branches in brooms, the first tokens that their trunk forwards for them (broom.skips); those count once.
+def train_flops(config, lengths, head_tokens=None, lora_rank=0):
+    """FLOPs of forward and backward over the same. A backward multiplies the gradient of every product with both of
+    its factors, so the two are 3 forwards. With adapters the weights of blocks and head are frozen, and a factor
+    without a gradient saves one product. Attention and the adapters still count 3. The input of the first block is
+    the frozen embedding: q, k and v and their A get no gradient of it."""
+    flops = 3 * forward_flops(config, lengths, head_tokens, lora_rank)
+    if not lora_rank:
+        return flops
+    s, tokens = model_sizes(config), sum(lengths)
+    head = tokens if head_tokens is None else head_tokens
+    first = config.hidden_size * (s.heads + 2 * s.kv + 3 * lora_rank)
+    return flops - 2 * (s.linear + first) * tokens - 2 * s.head * head
+
+
+def utilisation(config, lengths, response_tokens, seconds, world, shared=(), lora_rank=0):
+    """Model FLOPs utilisation of an update: forward and backward (train_flops) over the rollouts trained on, of
+    `lengths` packed tokens, whatever is computed again, padded or waited for. Embeddings do not count. shared: of
+    branches in brooms, the first tokens that their trunk forwards for them (broom.skips); those count once.
     -> perf/tflops and perf/trained_throughput (response tokens), both a second and rank; perf/mfu, over the GPU's
     peak, where that is known."""
-    flops = 3 * (forward_flops(config, lengths, response_tokens) - forward_flops(config, shared, 0)) / seconds / world
+    once = train_flops(config, shared, 0, lora_rank)
+    flops = (train_flops(config, lengths, response_tokens, lora_rank) - once) / seconds / world
     out = {"perf/tflops": flops / 1e12, "perf/trained_throughput": response_tokens / seconds / world}
     return out | ({"perf/mfu": flops / peak_flops()} if peak_flops() else {})

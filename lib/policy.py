@@ -263,6 +263,14 @@ class Policy:
         self.model.reshard()  # FSDP2 leaves the root gathered after a forward without backward
         return out
 
+    def score_base(self, *args):
+        """score() by the model without its adapters, which is the model that the run began with."""
+        LoraLinear.on = False
+        try:
+            return self.score(*args)
+        finally:
+            LoraLinear.on = True
+
     def score_local(self, rollouts, temperature):
         """score() for any list of rollouts of this rank, packed into micro-batches here, results in the list's
         order."""

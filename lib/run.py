@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from glob import glob
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -180,7 +181,8 @@ def performance(run, minibatches, tokens, clock):
         lengths = [packed_length(r) for rows in micro for r in rows]
         trained = sum(len(r.response_ids) for rows in micro for r in rows)
         shared = [n for rows in micro for n in skips(rows)] if run.policy.cfg.packing == "broom" else []
-        m |= utilisation(run.policy.config, lengths, trained, clock["timing_s/update_actor"], run.world, shared)
+        m |= utilisation(run.policy.config, lengths, trained, clock["timing_s/update_actor"], run.world, shared,
+                         run.policy.cfg.lora_rank)  # fmt: skip
         m["perf/shared_tokens"] = sum(shared) / sum(lengths)
     m["perf/throughput"] = tokens / clock["timing_s/step"] / run.world  # generated tokens a second and rank
     return m | {"perf/peak_memory_gib": max(gather([peak_memory()]))}
@@ -276,7 +278,10 @@ def prepare_run(stages, train=True, trainer=True, files=True, reference=False):
     fit_context(run, stages, train)
     run.engine = make_engine(run, path, stop_ids, trainer, reference)
     run.policy = Policy(first, path, run.device) if trainer else None
-    run.reference = Policy(first, path, run.device, frozen=True) if reference else None
+    if reference and first.lora_rank:  # beside its adapters the model itself is still there
+        run.reference = SimpleNamespace(score=run.policy.score_base)
+    elif reference:
+        run.reference = Policy(first, path, run.device, frozen=True)
     if trainer and first.lora_rank:  # what its checkpoints are adapters of
         run.lora = [first.lora_rank, first.lora_alpha, model_hash(path)]
     shown = (run.tasks or run.heldout)[stages[0][0]].prompts[0].text

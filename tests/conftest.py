@@ -154,7 +154,7 @@ WORLDS = [2, pytest.param(3, marks=pytest.mark.slow)]  # rank counts; five proce
 
 class Ranks(dict):
     """What gloo ranks found, {world: {"policy": …, "rollout": …, "out": folder}}, started at the first look: rank_job of
-    test_policy.py, test_broom.py, test_rollout.py and test_eval.py. One set of processes for all files, since importing is most of their
+    test_policy.py, test_broom.py, test_lora.py, test_rollout.py and test_eval.py. One set of processes for all files, since importing is most of their
     time. A rank that hangs or fails is an error here."""
 
     def __init__(self, model, out):
@@ -172,7 +172,7 @@ class Ranks(dict):
                 p.kill()
         failed = [f"exit code {p.returncode}:\n{log[-3000:]}" for p, log in zip(started, logs, strict=True) if p.returncode]
         assert not failed, "\n".join(failed)
-        found = {name: torch.load(self.out / f"{name}{world}.pt", weights_only=True) for name in ("policy", "broom", "rollout")}
+        found = {name: torch.load(self.out / f"{name}{world}.pt", weights_only=True) for name in ("policy", "broom", "lora", "rollout")}
         self[world] = found | {"out": self.out}
         return self[world]
 
@@ -292,6 +292,7 @@ def whole2(config, run, tmp_path_factory):
 if __name__ == "__main__":                              # one rank
     import test_broom
     import test_eval
+    import test_lora
     import test_policy
     import test_rollout
 
@@ -299,7 +300,7 @@ if __name__ == "__main__":                              # one rank
 
     def main():
         where = ranks.init_distributed()
-        for file in (test_policy, test_broom, test_rollout, test_eval):     # the last one ends the process group
+        for file in (test_policy, test_broom, test_lora, test_rollout, test_eval):     # the last one ends the process group
             file.rank_job(*where, *sys.argv[1:])
 
     ranks.leave(main)

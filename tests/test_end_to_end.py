@@ -23,6 +23,7 @@ import loss
 import reward
 from lib import engine, policy, pool
 from lib.config import Config, load_config
+from lib.data import DAPO_HEAD, DAPO_TAIL
 from lib.run import fit_context
 from lib.weights import load_hf_config
 
@@ -492,6 +493,65 @@ def test_every_config_of_the_project_is_valid():
     for path in sorted((ROOT / "configs").glob("*.yaml")):
         for name, cfg in load_config(["--config", str(path), "eval_data=some.jsonl"]):
             assert isinstance(name, str) and cfg.name == name and cfg.out_dir == f"runs/{path.stem}"
+
+
+def answering(folder, kind, answers):
+    """A random model of an architecture, and its tokenizer: bytes, and each of `answers` in one token. Nothing is learnt,
+    but all embeddings share a direction, in which the answers' and the end's are long: it writes little else."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Tokenizer
+    symbols = ["<|pad|>", "<|endoftext|>", *sorted(ByteLevel.alphabet())]
+    tokenizer = Qwen2Tokenizer(vocab={s: i for i, s in enumerate(symbols)}, merges=[], unk_token=None, pad_token=symbols[0],
+                               eos_token=symbols[1])  # fmt: skip
+    tokenizer.add_tokens(list(answers))
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    config = AutoConfig.for_model(kind, vocab_size=len(symbols) + len(answers), hidden_size=64, intermediate_size=96,
+                                  num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+                                  tie_word_embeddings=True, bos_token_id=None, eos_token_id=1, pad_token_id=0)  # fmt: skip
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        lm.get_input_embeddings().weight[:, 0] = 0.3
+        lm.get_input_embeddings().weight[[1, *range(len(symbols), config.vocab_size)], 0] = 1.3
+    tokenizer.save_pretrained(folder)
+    lm.save_pretrained(folder)
+
+
+SINGLE_GPU = {  # config: architecture, task
+    "qwen2.5-0.5b-24gb": ("qwen2", "countdown"), "qwen2.5-1.5b-24gb-lora": ("qwen2", "countdown"),
+    "qwen2.5-7b-1gpu-lora": ("qwen2", "math"), "qwen3-4b-1gpu-lora": ("qwen3", "math"),
+}  # fmt: skip
+TASKS = {  # task: answers that are tokens of the model, rows of the data's schema
+    "countdown": (["<answer>3+4</answer>", "<answer>3*4</answer>"],
+                  [{"nums": nums, "target": t} for nums in ([3, 4], [4, 3]) for t in (7, 12)]),
+    "math": (["Answer: 4\n", "Answer: 5\n"],
+             [{"prompt": [{"role": "user", "content": f"{DAPO_HEAD}What is {a} + {b - a}?{DAPO_TAIL}"}],
+               "reward_model": {"ground_truth": str(b)}} for a in (1, 2) for b in (4, 5)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SINGLE_GPU)
+def test_each_config_of_a_single_gpu_takes_a_step_of_both_stages_at_a_tiny_size(name, tmp_path):
+    """The file as it is, but for model, data, sizes and counts: template, verifier, adapters, weights, checkpointing."""
+    kind, task = SINGLE_GPU[name]
+    answers, rows = TASKS[task]
+    answering(tmp_path / "model", kind, answers)
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small = ["stages.stage1.steps=1", "stages.stage2.steps=1", "prompts_per_step=4", "prompts_per_round=4", "engine=torch",
+             "prompts_per_minibatch=2", "max_prompt_tokens=600", "max_response_tokens=12", "micro_batch_tokens=1300"]  # fmt: skip
+    argv = ["--config", str(ROOT / f"configs/{name}.yaml"), f"model={tmp_path}/model", f"data={tmp_path}/data.jsonl", *small]
+    assert cure.main([*argv, f"out_dir={tmp_path}/run"]) == 0
+    first, second = train_lines(tmp_path / "run")
+    rank = load_config(argv)[0][1].lora_rank
+    assert (rank > 0) == ("lora" in name) and (first["stage"], second["stage"]) == ("stage1", "stage2")
+    for m in (first, second):
+        print(f"{name} {m['stage']}: {m['train/kept_groups']} groups kept, accuracy {m['train/accuracy']:.2f}, gradient {m['actor/grad_norm']:.3f}")
+        assert m["train/kept_groups"] >= 2 and m["actor/grad_norm"] > 0 and m["mismatch/mean_abs"] < 1e-5
+        assert ("actor/is_weight" in m) == (rank > 0)
+    assert first["branch/fallback_share_sampled"] < 1, "branches left at critical tokens"
+    step = tmp_path / "run/ckpt/step_000002"
+    assert (step / "adapter/adapter_model.safetensors").exists() == (rank > 0)
+    assert json.loads((step / "hf/config.json").read_text())["model_type"] == kind
 
 
 def test_the_7b_config_is_the_table_of_the_reference():

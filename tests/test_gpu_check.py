@@ -31,8 +31,8 @@ def no_gpu(monkeypatch):
 def check(cpu, tmp_path):
     """Run lines by name, and what they need, on the torch engine -> {name: row}."""
 
-    def run(*names, engine="torch"):
-        argv = [f"only={','.join(names)}", f"engine={engine}", "shape=toy", "max_response_tokens=24"]
+    def run(*names, engine="torch", own=()):
+        argv = [f"only={','.join(names)}", f"engine={engine}", "shape=toy", "max_response_tokens=24", *own]
         shape, only, _, cfg = gpu_check.arguments(argv)
         machine = gpu_check.prepare(cfg, shape, tempfile.mkdtemp(dir=tmp_path), 0, 1, cpu)
         texts = []
@@ -203,6 +203,16 @@ def test_a_micro_batch_that_is_lost_fails(check, monkeypatch):
     cut = bench.micro_batches
     monkeypatch.setattr(bench, "micro_batches", lambda *args: cut(*args)[:-1])
     assert check("sharded_gradient")["sharded_gradient"]["status"] == "FAIL"
+
+
+@pytest.mark.parametrize("dtype", slow_but(["float32", "bfloat16"], "bfloat16"))
+def test_with_adapters_the_same_lines_pass_and_an_engine_without_them_fails(check, monkeypatch, dtype):
+    names, own = ("sharded_gradient", "skipped_sync", "save_and_resume"), ("lora_rank=4", f"dtype={dtype}")
+    rows = check(*names, "update", own=own)
+    print({name: rows[name]["numbers"] for name in names})
+    assert set(statuses(rows).values()) == {"PASS"} and rows["save_and_resume"]["numbers"]["tensors"] == 3 * 2 * 7 * 2
+    monkeypatch.setattr("lib.lora.LoraLinear.merged", lambda self, weight, A, B: weight)
+    assert statuses(check("skipped_sync", own=own))["skipped_sync"] == "FAIL"
 
 
 def test_a_checkpoint_that_is_not_read_fails(check, monkeypatch):

@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Con
 
 from lib import memory
 from lib.config import load_config
-from lib.memory import forward_flops, model_sizes, trainer_memory, utilisation
+from lib.lora import adapt
+from lib.memory import adapter_parameters, forward_flops, model_sizes, train_flops, trainer_memory, utilisation
 from lib.policy import PackedLM, pack, packed_length
 from rollout import Rollout
 from tools import bench
@@ -60,6 +61,32 @@ def test_forward_flops_are_those_torch_counts_on_the_packed_forward(name):
     assert forward_flops(config, lengths, heads) == counts["mm"] + counts.get("addmm", 0) + causal
 
 
+def adapted(lm, rank, dtype=torch.float32):
+    """The model with adapters on its own device, outside of a Policy."""
+    for name, value in adapt(lm, rank, 8.0, 0).items():
+        layer, _, key = name.rpartition(".")
+        lm.get_submodule(layer).register_parameter(key, torch.nn.Parameter(value.to(lm.device, dtype)))
+    return lm
+
+
+@pytest.mark.parametrize("rank", [0, 5])
+@pytest.mark.parametrize("name", DENSE)
+def test_train_flops_are_those_torch_counts_of_forward_and_backward(name, rank):
+    config, rows = DENSE[name], ragged(5, 0, 53)
+    lm = AutoModelForCausalLM.from_config(config, attn_implementation="packed")
+    lm = adapted(lm, rank) if rank else lm
+    lengths, heads = [packed_length(r) for r in rows], sum(len(r.response_ids) for r in rows)
+    assert sum(p.numel() for p in lm.parameters() if p.requires_grad) == (adapter_parameters(config, rank) or model_sizes(config).params)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        PackedLM(lm, 16)(**pack(rows, "cpu"), temperature=1.0)[0].sum().backward()
+    counts = {str(op).split(".")[-1]: n for op, n in counter.get_flop_counts()["Global"].items()}
+    causal = counts["bmm"] * sum(n * (n + 1) for n in lengths) // (2 * sum(n * n for n in lengths))
+    again = 2 * model_sizes(config).head * heads                  # the chunked head's second product
+    counted = counts["mm"] + counts.get("addmm", 0) + causal - again
+    print(f"{name}, rank {rank}: {counted} FLOPs, {counted / forward_flops(config, lengths, heads):.3f} forwards of the model")
+    assert train_flops(config, lengths, heads, rank) == counted
+
+
 def test_flops_grow_with_the_right_power():
     config = qwen_7b()
     one, two = forward_flops(config, [500]), forward_flops(config, [500, 500])
@@ -96,15 +123,18 @@ def test_utilisation_by_hand(monkeypatch):
     assert utilisation(config, lengths, 90, 4.0, 2)["perf/mfu"] == flops / 989e12
     once = flops - 3 * forward_flops(config, [30], 0) / 4.0 / 2  # a branch whose first 30 tokens its trunk forwards
     assert utilisation(config, lengths, 90, 4.0, 2, [0, 30])["perf/tflops"] == pytest.approx(once / 1e12)
+    adapted = train_flops(config, lengths, 90, 4) - train_flops(config, [30], 0, 4)
+    assert utilisation(config, lengths, 90, 4.0, 2, [0, 30], 4)["perf/tflops"] == pytest.approx(adapted / 4.0 / 2 / 1e12)
 
 
 # ------------------------------------------------------------------------------------------------------------- memory
-def saved_bytes(config, rows, checkpointing, share=False):
+def saved_bytes(config, rows, checkpointing, share=False, rank=0):
     """Bytes that autograd keeps of one packed bf16 forward for the backward, parameters excepted, every storage once.
 
     On the meta device, where attention goes as on CUDA and no number is computed."""
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config, attn_implementation="packed", dtype=torch.bfloat16)
+    lm = adapted(lm, rank, torch.bfloat16) if rank else lm
     if checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
         lm.train()
@@ -123,6 +153,10 @@ def saved_bytes(config, rows, checkpointing, share=False):
 
 PUBLISHED = {
     "Qwen2.5-0.5B": bench.shape_config("0.5b"), "Qwen2.5-7B": bench.shape_config("7b"),
+    "Qwen3-4B": AutoConfig.for_model(
+        "qwen3", hidden_size=2560, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+        intermediate_size=9728, vocab_size=151936, tie_word_embeddings=True,
+    ),
     "Qwen3-8B": AutoConfig.for_model(
         "qwen3", hidden_size=4096, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
         intermediate_size=12288, vocab_size=151936, tie_word_embeddings=False,
@@ -134,16 +168,17 @@ PUBLISHED = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("rank", [0, 32])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_activations_are_those_autograd_keeps(name, checkpointing, monkeypatch):
+def test_activations_are_those_autograd_keeps(name, checkpointing, rank, monkeypatch):
     lengths, config = [2048] * 7 + [1, 300, 1747], PUBLISHED[name]
     rows = [Rollout([1], [], [1] * n) for n in lengths]
-    cfg = stage_1(activation_checkpointing=checkpointing, micro_batch_tokens=sum(lengths), packing="flat")
+    cfg = stage_1(activation_checkpointing=checkpointing, micro_batch_tokens=sum(lengths), packing="flat", lora_rank=rank)
     monkeypatch.setattr(memory, "HEAD_CHUNK", 10**7)
     # so the largest moment is the head's backward, where all is saved and no block is repeated
-    planned, saved = trainer_memory(cfg, config, 1)[1]["activations"], saved_bytes(config, rows, checkpointing)
-    print(f"{name}, {sum(lengths)} tokens: planned {planned / 2**30:.2f} GiB, autograd keeps {saved / 2**30:.2f}")
+    planned, saved = trainer_memory(cfg, config, 1)[1]["activations"], saved_bytes(config, rows, checkpointing, rank=rank)
+    print(f"{name}, rank {rank}, {sum(lengths)} tokens: planned {planned / 2**30:.2f} GiB, autograd keeps {saved / 2**30:.2f}")
     assert planned == pytest.approx(saved, rel=0.02)
 
 

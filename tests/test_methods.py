@@ -14,6 +14,7 @@ from conftest import first_line, largest, lines, train_lines
 import cure
 from lib.config import Config
 from lib.method import for_step, load_method
+from lib.policy import Policy
 from loss import group_advantages, importance_weights, policy_loss
 from methods import (
     adaptive_entropy,
@@ -468,6 +469,17 @@ def test_a_reference_costs_nothing_but_its_term(config, tmp_path):
     cure.main(["--config", config, f"out_dir={tmp_path}/two", "max_steps=2", "eval_data=", "prompts_per_minibatch=4", "method=kl"])
     first, second = (m["actor/ref_kl"] for m in train_lines(tmp_path / "two"))
     assert first == 0 < second, "one minibatch a step: at first the policy is the reference, which does not move with it"
+
+
+def test_a_run_with_a_reference_and_adapters_has_one_model(config, tmp_path, monkeypatch):
+    """kl at the first minibatch of a run: the policy is the reference. Then they differ."""
+    made = []
+    start = Policy.__init__
+    monkeypatch.setattr(Policy, "__init__", lambda self, *args, **kwargs: made.append(kwargs) or start(self, *args, **kwargs))
+    monkeypatch.setattr("tools.analyze.curves", lambda out: [])
+    found = [first_line(config, tmp_path / str(n), f"prompts_per_minibatch={n}", "method=kl", "lora_rank=4", "lr=1e-2")
+             for n in (4, 2)]  # fmt: skip
+    assert made == [{}, {}] and found[0]["actor/ref_kl"] == 0 < found[1]["actor/ref_kl"]
 
 
 @pytest.mark.parametrize(("name", "settings"), [("adaptive_entropy", ["method_args.target=5", "method_args.delta=0.001"]),

@@ -1,20 +1,30 @@
 """tools/plan.py: arithmetic against hand-computed and published numbers, and against what a run does."""
 import json
 import os
+import re
 from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
 from conftest import ROOT
-from test_memory import CONFIG_7B, DENSE, SMALL, qwen_7b
+from test_memory import CONFIG_7B, DENSE, PUBLISHED, SMALL, qwen_7b
 from transformers import Qwen3MoeConfig
 
 import cure
 import eval as evaluation
 from lib import checkpoint, toy
 from lib.config import load_config
-from lib.memory import GIB, GPUS, engine_room, engine_share, forward_flops, model_sizes, trainer_memory
-from tools import plan
+from lib.memory import (
+    GIB,
+    GPUS,
+    adapter_parameters,
+    engine_room,
+    engine_share,
+    forward_flops,
+    model_sizes,
+    trainer_memory,
+)
+from tools import bench, plan
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +133,28 @@ def test_a_method_that_surveys_the_minibatch_costs_a_pass():
     assert cov["survey pass"].sequences == 8192 * 15 // 16                          # all minibatches but the first
     assert cov["survey pass"].floor == pytest.approx(cov["old log-probs"].floor * 15 / 16) and "survey pass" not in one
     assert "survey pass" not in phases("method=entropy_bonus")
+
+
+def test_adapters_save_the_products_of_frozen_weights_gradients_and_most_of_what_is_reduced():
+    """Qwen2.5-7B, rank 32, blocks not checkpointed: 3 forwards less the weights of blocks and head once, plus 3 products
+    of the adapters. The reference is the model without adapters."""
+    full, lora = (phases(f"lora_rank={r}", "activation_checkpointing=false", "method=kl") for r in (0, 32))
+    count = 28 * 32 * (4 * 3584 + 2 * (3584 + 512) + 3 * (3584 + 18944))
+    assert adapter_parameters(qwen_7b(), 32) == count
+    tokens, losses, linear = full["update"].tokens, 2048 * 1000 + 6144 * 500, model_sizes(qwen_7b()).linear
+    head, first = 2 * 152064 * 3584 * losses, 2 * 3584 * (3584 + 2 * 512 + 3 * 32) * tokens
+    assert lora["old log-probs"].flops == full["old log-probs"].flops + 2 * count * tokens
+    assert lora["reference log-probs"] == full["reference log-probs"]
+    assert lora["update"].flops == full["update"].flops - 2 * linear * tokens - head - first + 6 * count * tokens
+    assert lora["update"].expected == pytest.approx((lora["update"].flops + head) / 8 / 989e12 / 0.4)
+    assert lora["generate base"].flops == full["generate base"].flops, "the engine has the merged weights"
+    again = phases("lora_rank=32", "activation_checkpointing=true")["update"]
+    assert again.expected == pytest.approx((again.flops + lora["old log-probs"].flops) / 8 / 989e12 / 0.4)
+    # over a slow link: the model's bf16 weights twice, bf16 adapters twice, and fp32 gradients of adapters alone
+    cfg = stages("micro_batch_tokens=4096", "lora_rank=32")[0][1]
+    slow = plan.step_phases(cfg, given(gpu=GPUS["h100"]._replace(link=1e8)))[-1]
+    micro = 16 * -(-slow.tokens // (16 * 8 * 4096))
+    assert slow.expected == pytest.approx(micro * (4 * 7_615_616_512 + 8 * count) * 7 / 8 / 1e8)
 
 
 def test_checkpointing_and_the_chunked_head_cost_seconds_but_no_useful_flops():
@@ -345,6 +377,25 @@ def test_a_model_the_arithmetic_does_not_hold_for_is_refused_by_name():
         report(config=GPT2Config(n_layer=1, n_embd=8, n_head=2))
 
 
+def test_a_reference_beside_adapters_takes_no_memory():
+    frozen = [planned("method=kl", f"lora_rank={r}")[1].frozen for r in (0, 32)]
+    assert frozen == [2 * 7_615_616_512 / 8, 0]
+
+
+SINGLE = {"qwen2.5-0.5b-24gb": bench.shape_config("0.5b"), "qwen2.5-1.5b-24gb-lora": bench.shape_config("1.5b"),
+          "qwen2.5-7b-1gpu-lora": qwen_7b(), "qwen3-4b-1gpu-lora": PUBLISHED["Qwen3-4B"]}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_a_config_of_a_single_gpu_quotes_its_plan_which_fits(name):
+    header = (ROOT / f"configs/{name}.yaml").read_text().split("\n# Time")[0]
+    command, *quoted = re.search(r"^# The plan: python -m tools\.plan (.*(?:\n#   .*)*)$", header, re.M)[1].split("\n#   ")
+    with patch.object(plan, "load_hf_config", lambda path: SINGLE[name]):
+        text = plan.report(*plan.arguments(command.replace("configs/", f"{ROOT}/configs/").split()))
+    assert len(quoted) == 4 and [line for line in quoted if line not in text.splitlines()] == []
+    assert "WARNING" not in text
+
+
 # -------------------------------------------------------------------------------------------------------- the command
 @pytest.fixture
 def nothing_else(monkeypatch):
@@ -442,6 +493,8 @@ def test_host_memory_by_hand_and_its_warning(monkeypatch):
     assert start == 40 * gib + 2 * 152064 * 3584 and save == 40 * gib + 2 * n
     assert plan.host(qwen_7b(), 32)[1] == 160 * gib + 2 * 32 * 2**29, "32 pieces of 512 MiB, twice, are more"
     assert plan.host(qwen_7b(), 1)[1] == 5 * gib + 2 * n, "a piece is at least one tensor: the head's 2.2 GB"
+    assert plan.host(qwen_7b(), 1, 32)[1] == 5 * gib + 2 * n, "hf/ is the model"
+    assert plan.host(qwen_7b(), 32, 32)[1] == 160 * gib + 2 * n, "32 pieces of state are the adapters', and less"
     assert "host memory: 41 GiB at the start, 54 GiB while a checkpoint is written" in plan.report(stages(), given())
     assert "take 54 GiB of host memory, there are 48" in plan.report(stages(), given(host=48))
     assert "WARNING" not in plan.report(stages(), given(host=64))

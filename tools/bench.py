@@ -4,9 +4,10 @@
     python -m tools.bench --only update,head --shape 1.5b --rollouts 256 --mean 1000 --longest 4000
     torchrun --nproc_per_node 8 -m tools.bench --shape 7b --only update,score,sync activation_checkpointing=true
     python -m tools.bench --only rollout model=DIR data=FILE.jsonl template=chat    # real prompts, text of real lengths
+    python -m tools.bench --only memory lora_rank=16         # the trainer's peak: of a process, so no other part beside it
 
 Parts: update (packed against padded to the longest), scaling (twice the tokens, twice the chunks), score (log-prob
-pass), head (chunked against naive), rollout, sync, verifier, balance.
+pass), head (chunked against naive), rollout, sync, verifier, balance; and memory, if it is asked for.
 Variants take turns. Numbers are medians of --repeats turns, ratios are of medians. key=value: as in lib/config.py.
 """
 
@@ -31,7 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lib import data, toy
 from lib.config import load_config
 from lib.engine import Sampling, TorchEngine, VLLMEngine, request_seed
-from lib.memory import forward_flops, peak_flops, peak_memory
+from lib.memory import GIB, forward_flops, peak_flops, peak_memory, train_flops, trainer_memory
 from lib.policy import Policy, compute_dtype, pack, packed_length, partition
 from lib.pool import VerifierPool
 from lib.ranks import gather, init_distributed, leave, one_line_errors, timed
@@ -40,7 +41,7 @@ from loss import HEAD_CHUNK, logp_and_entropy, policy_loss
 from rollout import Rollout, token_column
 
 PROMPT = 64  # tokens
-PARTS = ("update", "scaling", "score", "head", "rollout", "sync", "verifier", "balance")
+PARTS = ("update", "scaling", "score", "head", "rollout", "sync", "verifier", "balance", "memory")
 SHAPES = {  # of the published models' config.json: width, blocks, heads, kv heads, MLP, vocabulary, tied
     "135m": ("llama", 576, 30, 9, 3, 1536, 49152, True),  # SmolLM2-135M
     "0.5b": ("qwen2", 896, 24, 14, 2, 4864, 151936, True),  # Qwen2.5-0.5B
@@ -134,11 +135,12 @@ class Bench:
     def note(self, name, value):
         self.notes[name] = float(f"{value:.4g}")
 
-    def speed(self, name, seconds, forwards=0):
-        """Note response tokens a second and rank, and what the hardware makes of so many forwards over the rollouts."""
+    def speed(self, name, seconds, work=None):
+        """Note response tokens a second and rank, and what the hardware makes of `work`, a function of lib/memory.py
+        that counts FLOPs, over the rollouts."""
         self.note(f"{name}, response tokens/s and rank", self.trained / seconds / self.world)
-        if forwards:
-            flops = forwards * forward_flops(self.config, self.lengths, self.trained) / seconds / self.world
+        if work:
+            flops = work(self.config, self.lengths, self.trained, self.cfg.lora_rank) / seconds / self.world
             self.note(f"{name}, TFLOP/s and rank", flops / 1e12)
             if peak := peak_flops():
                 self.note(f"{name}, MFU", flops / peak)
@@ -194,7 +196,7 @@ def bench_update(b):
         "update": optimizer_step(b, b.rows, norms, "packed"),
         wide: optimizer_step(b, b.rows, norms, "padded", packing=padding, padded=longest),
     })  # fmt: skip
-    b.speed("update", seconds["update"], forwards=3)
+    b.speed("update", seconds["update"], train_flops)
     b.speed(wide, seconds[wide])
     b.note("update packed / padded, tokens/s", seconds[wide] / seconds["update"])
     b.note("gradient norm padded / packed - 1", norms["padded"] / norms["packed"] - 1)
@@ -216,7 +218,7 @@ def bench_scaling(b):
 def bench_score(b):
     """The log-prob pass over all rollouts."""
     mine = micro_batches(b.rows, b.cfg, b.rank, b.world)
-    b.speed("log-prob pass", b.turns({"score": partial(b.policy.score, mine, 1.0)})["score"], forwards=1)
+    b.speed("log-prob pass", b.turns({"score": partial(b.policy.score, mine, 1.0)})["score"], forward_flops)
 
 
 def sync(b, engine):
@@ -230,6 +232,20 @@ def bench_sync(b):
     engine = next(iter(b.engines.values()))
     name = f"sleep, wake, sync ({type(engine).__name__})"
     b.note(f"{name}, seconds", b.turns({name: partial(sync, b, engine)})[name])
+
+
+def bench_memory(b):
+    """The highest memory above that of the imports: of the trainer's start, and of two optimizer steps. Beside them what
+    lib/memory.py expects of an update, which on a GPU is in bf16."""
+    before, norms = peak_memory(), {}
+    _ = b.policy
+    b.note("trained parameters", sum(p.numel() for p in b.policy.trained.values()))
+    b.note("trainer's start, GiB", peak_memory() - before)
+    step = optimizer_step(b, b.rows, norms, "packed")
+    step(), step()
+    b.note("update, GiB", peak_memory() - before)
+    for name, size in trainer_memory(b.cfg, b.config, b.world)[1].items():
+        b.note(f"planned for bf16, {name}, GiB", size / GIB)
 
 
 # --------------------------------------------------------------------------------------------------------------- head
@@ -338,7 +354,7 @@ def arguments(argv):
     """Command line -> (options, settings). ValueError names the option or the key."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--shape", default="135m", choices=[*SHAPES, "toy"])
-    parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas")
+    parser.add_argument("--only", default=",".join(PARTS[:-1]), help="parts, with commas")
     parser.add_argument("--mean", type=float, default=200, help="tokens of a response")
     for name, default in {"longest": 1000, "rollouts": 16, "repeats": 5, "head-tokens": 4096}.items():
         parser.add_argument(f"--{name}", type=int, default=default)

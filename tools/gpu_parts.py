@@ -18,6 +18,7 @@ import torch
 import cure
 from lib import checkpoint, policy
 from lib.engine import Sampling, make_engine, request_seed
+from lib.lora import adapt
 from lib.memory import GIB, trainer_memory, utilisation
 from lib.method import load_method
 from lib.ranks import everywhere, gather, timed
@@ -53,7 +54,7 @@ def metered(numbers):
 def planned(run, cfg, peak):
     """GiB that the trainer will still take of this GPU at a log-prob pass (peak 0) or an update (1), by the run's own
     plan. Not what it holds already, and not the plan's reserve: CUDA and NCCL, for which that is, have started."""
-    held = ["reserve", "fp32 weights", "Adam moments"] if run.policy else ["reserve"]
+    held = ["reserve", "fp32 weights", "Adam moments", "frozen models"] if run.policy else ["reserve"]
     parts = trainer_memory(cfg, run.config, run.world)[peak]
     return sum(v for k, v in parts.items() if k not in held) / GIB
 
@@ -84,6 +85,16 @@ def trainer_start(run, cfg):
     return roomy(numbers, planned(run, cfg, 1)), numbers
 
 
+def plain_copy(run, cfg):
+    """The model, with adapters where the run has them, as the trainer began with it: whole, and outside of FSDP."""
+    lm = load_lm(run.path, run.policy.dtype, "packed")
+    adapters = adapt(lm, cfg.lora_rank, cfg.lora_alpha, cfg.seed) if cfg.lora_rank else {}
+    for name, value in adapters.items():
+        layer, _, key = name.rpartition(".")
+        lm.get_submodule(layer).register_parameter(key, torch.nn.Parameter(value.to(run.policy.dtype)))
+    return policy.PackedLM(lm.to(run.device))
+
+
 def sharded_gradient(run, cfg):
     """The gradient of all ranks and their micro-batches is that of one plain copy of the model on rank 0."""
     rows = bench.rollouts(4 * run.world, 16, 40, run.config.vocab_size)
@@ -96,13 +107,13 @@ def sharded_gradient(run, cfg):
     true = {}
 
     def on_one_rank():
-        plain = policy.PackedLM(load_lm(run.path, run.policy.dtype, "packed").to(run.device))
+        plain = plain_copy(run, cfg)
         loss(rows, *plain(**policy.pack(rows, run.device), temperature=1.0)).backward()
         true.update((name, p.grad) for name, p in plain.named_parameters())
 
     everywhere(on_one_rank if run.rank == 0 else None)
     apart = total = 0.0
-    for name, p in run.policy.model.named_parameters():
+    for name, p in run.policy.trained.items():
         full = p.grad.full_tensor()  # a collective
         if run.rank == 0:
             apart += (full - true[name]).double().square().sum().item()
@@ -241,6 +252,9 @@ def skipped_sync(run, cfg):
     """After an optimizer step an engine with the old weights shows, and a sync brings the gap back to what it was."""
     run.engine.sleep()
     run.state["stage_step"] = 1
+    # adapters move the model less, and in bf16 the merged weights are rounded once more than those of the trainer
+    far, room = (30, 4) if cfg.lora_rank else (1, 2)
+    cfg = replace(cfg, lr=far * cfg.lr)
     cure.optimizer_steps(run, cfg, load_method(cfg, cure.HOOKS), cure.cut_minibatches(cfg, run.rows, run.world))
     with patch.object(run, "policy", None):  # without a trainer the engine gets the folder's weights: the old ones
         run.refresh()
@@ -250,7 +264,7 @@ def skipped_sync(run, cfg):
     synced, before = gap_of(run, cfg, sample(run, cfg, 4, "synced"))["mean_abs"], run.gap["mean_abs"]
     run.engine.sleep()
     # rounding makes the same gap before and after a step, within some 10 %
-    holds = synced <= 2 * before + 1e-5 and stale >= 3 * synced + 1e-5
+    holds = synced <= room * before + 1e-5 and stale >= 3 * synced + 1e-5
     return holds, {"gap before": before, "not synced": stale, "synced": synced}
 
 
@@ -295,7 +309,7 @@ def timed_update(run, cfg, name):
         with timed(clock := {}, "update"):
             norm, _ = run.policy.update(mine, bench.loss_of(rows), 1.0, 0.0, 0.0)
     lengths, tokens = [policy.packed_length(r) for r in rows], sum(len(r.response_ids) for r in rows)
-    speed = utilisation(run.config, lengths, tokens, clock["timing_s/update"], run.world)
+    speed = utilisation(run.config, lengths, tokens, clock["timing_s/update"], run.world, (), cfg.lora_rank)
     names = {"perf/trained_throughput": "tokens/s", "perf/tflops": "TFLOP/s", "perf/mfu": "MFU"}
     if torch.cuda.is_available():
         run.peaks[name] = (torch.cuda.max_memory_allocated() - before) / GIB, need

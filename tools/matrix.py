@@ -1,7 +1,8 @@
-"""The experiments of docs/exploration.md and docs/methods.md: every arm, resumed where it stopped, tables, a picture.
+"""The experiments of docs/exploration.md, methods.md and models.md: every arm, resumed where it stopped, tables.
 
     python -m tools.matrix plain                             # all arms, all seeds, two runs at a time
     python -m tools.matrix methods                           # docs/methods.md: every method, one seed, the first budget
+    python -m tools.matrix lora                              # docs/models.md: adapters against the whole model
     python -m tools.matrix hard --seeds 0 --arms cure,dapo   # a part of it; --jobs 0: run nothing
     python -m tools.matrix plain --data docs/data/exploration.jsonl     # tables and picture of kept lines
 
@@ -34,16 +35,18 @@ ARMS = {  # arm: config, and what differs
     "8020": ["countdown-8020", "stages.mask8020.steps=1000"],
     "random20": ["countdown-8020", "stages.mask8020.steps=1000", "entropy_mask_side=random"],  # its null
 }
+LORA = {"lora": ["countdown-dapo", "stages.dapo.steps=1000", "lora_rank=16", "lora_alpha=32", "lr=1e-3"]}
 LONG = {"countdown-dapo": ["stages.dapo.steps=1000"], "countdown": []}
-ALL = {name: [config, *LONG[config], *own] for name, (config, *own) in METHODS.items()} | ARMS
+ALL = {name: [config, *LONG[config], *own] for name, (config, *own) in METHODS.items()} | ARMS | LORA
 REGIMES = {  # regime: arms, steps between evaluations, steps of stage 1, budgets, seeds, and what differs
     "plain": (list(ARMS), 20, 40, BUDGETS, SEEDS, []),
     "hard": (["cure", "random", "dapo"], 5, 15, BUDGETS, SEEDS,
              ["data=runs/countdown-base/hard.jsonl", "prompts_per_step=64", "samples_per_step=0"]),
     "methods": (list(METHODS), 20, 40, BUDGETS[:1], SEEDS[:1], []),
+    "lora": (["dapo", "lora"], 20, 0, BUDGETS, SEEDS, []),
 }  # fmt: skip
 COMPARED = [("cure", "random"), ("cure", "surprisal"), ("cure", "dapo"), ("cure", "none"), ("8020", "dapo"),
-            ("8020", "random20")]
+            ("8020", "random20"), ("lora", "dapo")]
 COLUMNS = {"step": ("step", ".0f"), "pass@1": ("eval/pass@1", ".3f"), "pass@8": ("eval/pass@8", ".3f"),
            "pass@64": ("eval/pass@64", ".3f"), "illegal": ("illegal", ".3f"),
            "operands": ("eval/entropy_operands", ".3f"), "distinct": ("eval/distinct", ".3f"),
@@ -222,7 +225,8 @@ def main(argv):
             runs.setdefault((row["arm"], row["seed"]), []).append(row)
     print(table(runs, budgets))
     if regime != "methods":  # one seed has no differences to be seen
-        print(*(f"\n{differences(runs, budget)}" for budget in (BUDGETS[0], BUDGETS[-1])), sep="\n")
+        print(*(f"\n{differences(runs, budget)}" for budget in (budgets[0], budgets[-1])), sep="\n")
+    if regime in ("plain", "hard"):
         draw(runs, args.picture or f"runs/exploration/{regime}.png")
     return int(failed > 0)
 

@@ -14,8 +14,8 @@ weight sync, sleep and wake, verifiers, checkpoints and vLLM's work on the host 
 floor: nothing can be faster. FLOPs take the GPU's peak, decoding the larger of that and of all bytes read at full
 bandwidth. expected: FLOPs at MFU of the peak, bytes at MBU of the bandwidth, matrix products and attention of decoding
 one after the other, FSDP's traffic where it is longer than the computation it hides behind (PCIe), and that of an
-engine of engine_tp GPUs, at the link's full rate and without its latency. FLOPs shown are useful ones, 3 forwards an
-update: what checkpointing computes again costs seconds only.
+engine of engine_tp GPUs, at the link's full rate and without its latency. FLOPs shown are useful ones
+(lib.memory.train_flops): what checkpointing computes again costs seconds only.
 """
 
 import math
@@ -46,6 +46,7 @@ from lib.memory import (
     host_memory,
     model_sizes,
     tp_misfit,
+    train_flops,
     trainer_memory,
 )
 from lib.method import load_method
@@ -98,19 +99,23 @@ def forwarded(parts, flat=False):
 def pass_phase(name, cfg, given, parts, minibatches=1, update=False):
     """A forward over the batches `parts`, or forward and backward, cut into minibatches and micro-batches."""
     config, gpu, world = given[:3]
-    s = model_sizes(config)
-    tokens = forwarded(parts)
-    flops = done = sum(
-        b.count * (forward_flops(config, [b.context + b.new - 1], b.new) - forward_flops(config, [b.shared], 0))
-        for b in parts
-    )
+    s, adapters = model_sizes(config), adapter_parameters(config, cfg.lora_rank)
+
+    def total(work):
+        """FLOPs of the batches by a function of lib/memory.py."""
+        return sum(b.count * (work(config, [b.context + b.new - 1], b.new, cfg.lora_rank)
+                              - work(config, [b.shared], 0, cfg.lora_rank)) for b in parts)  # fmt: skip
+
+    tokens, flops = forwarded(parts), total(train_flops if update else forward_flops)
+    done = flops
     if update:  # the chunked head is multiplied once more, as every block is with checkpointing
-        again = flops if cfg.activation_checkpointing else 2 * s.head * sum(b.count * b.new for b in parts)
-        flops, done = 3 * flops, 3 * flops + again
+        head = 2 * s.head * sum(b.count * b.new for b in parts)
+        done += total(forward_flops) if cfg.activation_checkpointing else head
     micro = minibatches * math.ceil(tokens / minibatches / world / cfg.micro_batch_tokens)
-    # a micro-batch gathers bf16 weights, again for the backward, and reduces fp32 gradients: what travels of them
+    # a micro-batch gathers bf16 weights, again for the backward, and reduces fp32 gradients of what is trained
+    moved = 2 * (s.params + adapters) * (1 + update) + update * 4 * (adapters or s.params)
     shards = world // cfg.replicate  # gradients of several copies, added up between nodes, are not counted
-    traffic = micro * (8 if update else 2) * s.params * (shards - 1) / shards / gpu.link
+    traffic = micro * moved * (shards - 1) / shards / gpu.link
     seconds = flops / world / gpu.flops, max(done / world / gpu.flops / MFU, traffic)
     return Phase(name, sum(b.count for b in parts), 0, tokens, flops, *seconds)
 
@@ -158,7 +163,7 @@ def step_phases(cfg, given):
     out.append(pass_phase("old log-probs", cfg, given, kept, minibatches))
     method = load_method(cfg, HOOKS)
     if method.reference:
-        out.append(pass_phase("reference log-probs", cfg, given, kept, minibatches))
+        out.append(pass_phase("reference log-probs", replace(cfg, lora_rank=0), given, kept, minibatches))
     if method.survey_minibatch and minibatches > 1:  # for the first minibatch the old log-probs are the present ones
         rest = [b._replace(count=b.count * (minibatches - 1) // minibatches) for b in kept]
         out.append(pass_phase("survey pass", cfg, given, rest, minibatches - 1))
@@ -214,13 +219,14 @@ def remedies(cfg, given, peak):
     return out
 
 
-def host(config, world):
+def host(config, world, lora_rank=0):
     """Bytes of the node's own memory that all ranks take together (at the start, while a checkpoint is written).
 
     A rank reads only its rows of the weights, one tensor at a time. It writes its state in files of checkpoint.PIECE,
-    or of one tensor where that is larger, and holds each twice. Then rank 0 gathers the bf16 weights of hf/."""
-    s = model_sizes(config)
-    piece = min(12 * s.params / world, max(PIECE, 4 * s.head / world))
+    or of one tensor where that is larger, and holds each twice. Then rank 0 gathers the bf16 weights of hf/. State is
+    of what is trained, with adapters only of them, none of which is as large as a file."""
+    s, adapters = model_sizes(config), adapter_parameters(config, lora_rank)
+    piece = min(12 * (adapters or s.params) / world, max(PIECE, 0 if adapters else 4 * s.head / world))
     return world * PROCESS + 2 * s.head, world * PROCESS + max(2 * piece * world, 2 * s.params)
 
 
@@ -257,7 +263,7 @@ def warnings(stages, given):
     cfg = widest(stages)
     if cfg.dtype == "float32":
         out.append("float32 does not run on a GPU, packed attention is bf16 there: dtype=auto")
-    needed = max(host(given.config, given.world // cfg.replicate)) / GIB
+    needed = max(host(given.config, given.world // cfg.replicate, cfg.lora_rank)) / GIB
     if given.host and needed > given.host:
         out.append(f"the ranks take {needed:.0f} GiB of host memory, there are {given.host:.0f}: the kernel kills a "
                    "rank without a message: a smaller model, or a machine with more")  # fmt: skip
@@ -303,7 +309,7 @@ def report(stages, given):
     tokens = round(awake["KV cache"] / engine_shard(cfg, config)[1])
     longest = cfg.max_prompt_tokens + cfg.max_response_tokens
     one, most, left = (b / 1e9 for b in disk(stages, config))
-    start, save = (b / GIB for b in host(config, world // cfg.replicate))
+    start, save = (b / GIB for b in host(config, world // cfg.replicate, cfg.lora_rank))
     return "\n".join([
         f"{cfg.model}: {s.params / 1e6:.2f} M parameters, on {world} x {gpu.name} ({rates})",
         f"expected: at {MFU:.0%} of peak FLOP/s and {MBU:.0%} of bandwidth; "
@@ -317,7 +323,7 @@ def report(stages, given):
         f"activation checkpointing {'on' if cfg.activation_checkpointing else 'off'}",
         "", f"host memory: {start:.0f} GiB at the start, {save:.0f} GiB while a checkpoint is written, "
         f"{PROCESS / GIB:.0f} GiB of it assumed for each process",
-        f"disk: {one:.3g} GB a checkpoint (12 B a parameter of state, 2 B of hf), "
+        f"disk: {one:.3g} GB a checkpoint (12 B a trained parameter of state, 2 B a parameter of hf), "
         f"{most:.3g} GB at most, {left:.3g} GB at the end",
         *(f"WARNING: {w}" for w in warnings(stages, given)),
     ])  # fmt: skip
@@ -351,7 +357,7 @@ def arguments(argv):
         raise ValueError(wrong)
     there = int(own["host"]) or (host_memory() if torch.cuda.is_available() else 0)
     reference = any(load_method(cfg, HOOKS).reference for _, cfg in stages)
-    frozen = frozen_memory(config, int(own["gpus"]) // first.replicate) if reference else 0
+    frozen = frozen_memory(config, int(own["gpus"]) // first.replicate) if reference and not first.lora_rank else 0
     numbers = int(own["gpus"]), int(own["response"]), frozen, there, float(own["fork"])
     return stages, Given(config, GPUS[own["gpu"]], *numbers)
 
