@@ -87,8 +87,13 @@ def test_files_functions_and_lines_are_of_a_size_to_be_read():
     assert root <= 1350 and count["lib"] <= 3650 and count["tools"] <= 3700
 
 
+def test_the_map_of_lib_names_every_file():
+    named = re.findall(r"^    (\w+(?:, \w+)*)  ", (ROOT / "lib/__init__.py").read_text(), re.M)
+    assert sorted(n for line in named for n in line.split(", ")) == sorted(p.stem for p in (ROOT / "lib").glob("[a-z]*.py"))
+
+
 def test_settings_are_few_and_each_says_what_it_means():
-    assert len(SETTINGS) <= 64 and {f.name for f in fields(Config)} - {f.name for f in SETTINGS} == {"name"}
+    assert len(SETTINGS) <= 66 and {f.name for f in fields(Config)} - {f.name for f in SETTINGS} == {"name"}
     for f in SETTINGS:
         assert f.metadata["title"] and (f.metadata["meaning"] or f.metadata["limits"]), f.name
     source = (ROOT / "lib/config.py").read_text()
