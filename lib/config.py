@@ -105,7 +105,7 @@ class Config:
     activation_checkpointing: bool = key(False, "less memory, one more forward", None, RUN)
     replicate: int = key(1, "copies of the sharded trainer, as one a node (HSDP); divides the ranks", "> 0", RUN, FREE)
     compile: bool = key(False, "torch.compile every block, packed inputs padded to a few shapes", None, RUN)
-    engine_tp: int = key(1, "vllm: so many ranks of a node share one engine, each with a part of it", "> 0", RUN)
+    engine_tp: int = key(1, "vllm: so many ranks of a node share one engine, each with a part of it", "> 0", RUN, FREE)
     engine_rows: int = key(256, "torch engine: sequences decoded together", "> 0", RUN)
     gpu_memory_utilization: float = key(0.0, "vllm on CUDA: share of the GPU; 0 = what the trainer leaves", ">= 0", RUN)
     max_logp_gap: float = key(0.0, "stop above this mean gap of trainer and engine, nats; 0: engine.gap_limit", ">= 0")

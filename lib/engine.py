@@ -83,7 +83,8 @@ def checked(named, params, fused=None, shard=(0, 1, 1)):
         part = next((p for p in name.split(".") if p in places), "")
         module, from_end = places.get(part, ("", 0))  # the first part, as any plain tensor, is the first rows
         have = params.get(name.replace(f".{part}.", f".{module}."))
-        if have is not None and (shard[1] == 1 or part != module or not part):  # a tied head has none of its own
+        fused_in_hf = part and part == module
+        if have is not None and not (fused_in_hf and shard[1] > 1):  # a tied head has none of its own
             full = shard_of(full, have, part, shard) if shard[1] > 1 else full
             start = len(have) - from_end * len(full) if from_end else 0
             have = have[start : start + len(full)]  # an engine's vocabulary may be padded
@@ -269,7 +270,8 @@ class VLLMEngine:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         if not cuda:
             os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # else the first log-prob compiles a helper for seconds
-        self.stop, self.ready, self.asleep, tp = sorted(stop_ids), False, False, cfg.engine_tp
+        self.stop, self.ready, self.asleep = sorted(stop_ids), False, False
+        tp = cfg.engine_tp
         where = {"gpu_memory_utilization": utilization, "hf_overrides": {"head_dtype": "float32"}}
         if not cuda:  # a prompt prefilled in pieces rewinds its request's generator, which a CPU generator cannot do
             where = {"kv_cache_memory_bytes": CPU_KV_MIB << 20, "enforce_eager": True, "max_num_seqs": 64,

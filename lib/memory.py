@@ -149,7 +149,7 @@ def tp_misfit(tp, config, ranks):
     counts = {"ranks of a node": ranks, "attention heads": config.num_attention_heads,
               "kv heads": kv if tp % kv else 0,  # each of them on several GPUs, otherwise
               "units of the MLP": config.intermediate_size,
-              "rows of the padded vocabulary": -config.vocab_size // 64 * -64}  # fmt: skip
+              "rows of the padded vocabulary": -(-config.vocab_size // 64) * 64}  # fmt: skip
     wrong = [f"engine_tp: {tp} does not divide the {n} {what}" for what, n in counts.items() if n % tp]
     return wrong[0] if wrong else ""
 

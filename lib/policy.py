@@ -18,6 +18,7 @@ from transformers.utils import logging as hf_logging
 
 from lib.broom import brooms, skips
 from lib.lora import LoraLinear, adapt, save_adapter
+from lib.watch import LIMIT
 from lib.weights import open_lm, read_weights
 from loss import HEAD_CHUNK, logp_and_entropy
 
@@ -207,12 +208,12 @@ class Policy:
         self.model = PackedLM(lm)
         # eighths of the budget: at most 12.5 % of a full micro-batch is padding, and few shapes are compiled
         self.bucket = -(-cfg.micro_batch_tokens // 8) if cfg.compile else 0
-        if self.world % cfg.replicate:
-            raise ValueError(f"replicate: {cfg.replicate} copies do not divide {self.world} ranks")
         # Neighbours are of one copy: with a copy a node, weights are gathered within a node, and only gradients cross.
         shape = cfg.replicate, self.world // cfg.replicate
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
         mesh = mesh if cfg.replicate > 1 else mesh["shard"]
+        for group in mesh.get_all_groups():  # a mesh takes no limit of its own, and its groups' would be minutes
+            dist.distributed_c10d._set_pg_timeout(LIMIT, group)
         mp = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32)
         if cfg.compile:  # shapes x (scoring, training); past the default limit of 8 a shape would run eager, unasked
             torch._dynamo.config.recompile_limit = 128

@@ -25,6 +25,7 @@ def init_distributed():
     if not dist.is_initialized():
         store = {} if "MASTER_ADDR" in os.environ else {"store": dist.HashStore(), "rank": rank, "world_size": world}
         dist.init_process_group("nccl" if cuda else "gloo", timeout=watch.LIMIT, **store)
+        watch.Signs.met = world > 1
     return rank, world, device
 
 
@@ -48,8 +49,8 @@ def leave(main, *args):
         code = e.code
     except BaseException:
         traceback.print_exc()
-        watch.say(f"rank {os.environ['RANK']} ended in {watch.place[1]}; the same command goes on from the last "
-                  "checkpoint. Of a lost connection the other rank's own lines know more")  # fmt: skip
+        watch.say(f"rank {os.environ['RANK']} ended in {watch.place[1]}. If a connection was lost, the lines of the "
+                  "other ranks say why")  # fmt: skip
     exit_at_once(code)
 
 

@@ -252,6 +252,8 @@ def prepare_run(stages, train=True, trainer=True, files=True, reference=False):
     first = stages[0][1]
     if train and files:
         require(first.track)
+    if trainer and run.world % first.replicate:
+        raise ValueError(f"replicate: {first.replicate} copies do not divide {run.world} ranks")
     if reference and first.kind == "sft":
         raise ValueError("method: the reference is the model that a run begins with, here before its sft: make sft a "
                          "run of its own, then model=RUN/ckpt/STEP/hf")  # fmt: skip

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 TICK = 5.0  # seconds between two signs of life
 SPEAK, LOST = 300.0, 300.0
+ANSWER = timedelta(seconds=60)  # of the store
 LIMIT = timedelta(hours=2)  # of a collective: for another rank's verifiers or long rollout, or the toy's base model
 STACKS = LIMIT.total_seconds() - 120  # seconds in one place after which stacks are printed unasked
 
@@ -35,76 +36,96 @@ def enter(name):
 class Signs:
     """What two threads share."""
 
-    own = '[0, "start", 0, 0]'  # of this rank: places it has been in, name of the present one, seconds there, ticks
+    met = False  # whether the ranks have met: from then on they hear of each other
+    own = '[0, "start", 0]'  # of this rank: places it has been in, name of the present one, seconds there
     ranks = {}  # everybody's last one
     ask, asked = 0, 0  # requests for stacks: of this rank, not yet passed on; of all ranks, as last seen
 
 
 def start():
-    """Start the threads, and let them hear SIGUSR1. From the main thread, once a process."""
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    """Start to watch this rank, and to hear SIGUSR1. From the main thread, once a process."""
     out, into = os.pipe()
     os.set_blocking(into, False)
     signal.signal(signal.SIGUSR1, lambda *_: None)
+    signal.siginterrupt(signal.SIGUSR1, False)
     signal.set_wakeup_fd(into, warn_on_full_buffer=False)  # written to at once, even in the middle of a C call
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     threading.Thread(target=watch, args=(out, rank, world), daemon=True).start()
     if world > 1:  # a thread of its own: a call to the store of a node that is gone may never return
         threading.Thread(target=exchange, args=(rank, world), daemon=True).start()
 
 
 def watch(signals, rank, world):
-    """Print what is to be said, end the process when a rank is lost. signals: the pipe on which numbers arrive."""
-    last = {r: ("", time.monotonic()) for r in range(world)}  # of each rank: its last sign, and when that came here
+    """Print what is to be said, end the process when a rank is lost. signals: the pipe on which their numbers come."""
+    last = {r: ("", 0) for r in range(world)}  # of each rank: its last sign, and at which tick it came
     ticks, answered, spoken, told = 0, 0, -SPEAK, None
     while True:
-        heard = bool(select.select([signals], [], [], TICK)[0]) and signal.SIGUSR1 in os.read(signals, 4096)
-        (count, name, since), now, ticks = place, time.monotonic(), ticks + 1
-        if now - since > STACKS and told != since:
-            told, heard = since, True
-        Signs.own, Signs.ask = json.dumps([count, name, now - since, ticks]), Signs.ask + heard
-        if heard or Signs.asked > answered:
-            answered = Signs.asked + heard
-            stack = traceback.format_stack(sys._current_frames()[threading.main_thread().ident])
-            say(f"rank {rank}: in {name} for {now - since:.0f} s\n{''.join(stack)}")
+        asks = bool(select.select([signals], [], [], TICK)[0]) and signal.SIGUSR1 in os.read(signals, 4096)
+        ticks += Signs.met  # no clock: a job that was suspended as a whole has lost nobody
+        count, name, since = place
+        now = time.monotonic()
+        Signs.own = json.dumps([count, name, now - since])
+
         signs = Signs.ranks
-        last |= {r: (sign, now) for r, sign in signs.items() if sign != last[r][0]}
-        if lost := [r for r, (_, when) in last.items() if now - when > LOST and r != rank]:
-            say(f"rank {rank}: no sign of life of {names(lost)} for {LOST / 60:.0f} min, so this rank ends; "
-                "the same command goes on from the last checkpoint")  # fmt: skip
-            os._exit(1)
         places = {r: json.loads(sign) for r, sign in signs.items()}
-        waiting = [r for r, (_, _, seconds, _) in places.items() if seconds > SPEAK]
-        if waiting and rank == min(waiting) and now - spoken > SPEAK:
-            spoken = now
-            say(report(places))
+        waiting = [r for r, (_, _, seconds) in places.items() if seconds > SPEAK]
+        if waiting and rank == min(waiting):  # one rank speaks for all
+            if now - spoken > SPEAK:
+                spoken = now
+                say(report(places))
+            if now - since > STACKS and told != since:
+                told, asks = since, True
+        Signs.ask += asks
+        if asks or Signs.asked > answered:
+            answered = Signs.asked + asks
+            print_stack(rank, name, now - since)
+
+        last |= {r: (sign, ticks) for r, sign in signs.items() if sign != last[r][0]}
+        if lost := [r for r, (_, tick) in last.items() if (ticks - tick) * TICK > LOST and r != rank]:
+            store = ", or torchrun on the first node, through which ranks speak, is gone" * (len(lost) == world - 1)
+            say(f"rank {rank}: no sign of life of {names(lost)} for {LOST / 60:.0f} min{store}. This rank ends. A "
+                "training run goes on from its last checkpoint with the same command")  # fmt: skip
+            sys.stdout.flush()
+            os._exit(1)
 
 
 def exchange(rank, world):
     """Tell the other ranks this one's sign, and get theirs, through the store that they met at."""
-    where, run = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), os.environ.get("TORCHELASTIC_RUN_ID", "")
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     while True:
+        time.sleep(TICK)
+        if not Signs.met:
+            continue
         try:
-            store = dist.TCPStore(*where, is_master=False, wait_for_workers=False)
-            store = dist.PrefixStore(f"watch/{run}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+            store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=ANSWER)
+            # no restart count in the name: the agent of each node has a count of its own
+            store = dist.PrefixStore(f"watch/{os.environ.get('TORCHELASTIC_RUN_ID', '')}", store)
+            before = store.add("asked", 0)  # of an earlier start
             while True:
                 asking, Signs.ask = Signs.ask, 0
                 store.set(str(rank), Signs.own)
-                Signs.asked = store.add("asked", asking)
+                Signs.asked = store.add("asked", asking) - before
                 Signs.ranks = {r: store.get(str(r)) for r in range(world)}
                 time.sleep(TICK)
         except RuntimeError:  # the first node, where the store is, is busy or gone
-            time.sleep(TICK)
+            pass
 
 
 def report(places):
-    """One line on who waits for whom. places: {rank: [places it has been in, name, seconds there, ticks]}."""
-    furthest = max(count for count, *_ in places.values())
+    """One line on who waits for whom. places: {rank: [places it has been in, name, seconds there]}."""
+    furthest = max(count for count, _, _ in places.values())
     late = {r: p for r, p in places.items() if p[0] < furthest}
     there = places.keys() - late
-    _, name, seconds, _ = places[min(there)]
-    missing = "; ".join(f"rank {r} is in {p[1]} for {p[2] / 60:.1f} min" for r, p in late.items())
+    _, name, seconds = places[min(there)]
+    missing = "; ".join(f"rank {r} has been in {where} for {s / 60:.1f} min" for r, (_, where, s) in late.items())
     missing = f"missing: {missing}" if late else "nobody is missing"
-    return f"{names(there)} in {name} for {seconds / 60:.1f} min, {missing} (kill -USR1 {os.getpid()}: all stacks)"
+    says = f"{names(there)} {'has' if len(there) == 1 else 'have'} been in {name} for {seconds / 60:.1f} min"
+    return f"{says}, {missing} (kill -USR1 {os.getpid()}: all stacks)"
+
+
+def print_stack(rank, name, seconds):
+    stack = traceback.format_stack(sys._current_frames()[threading.main_thread().ident])
+    say(f"rank {rank} has been in {name} for {seconds:.0f} s\n{''.join(stack)}")
 
 
 def names(ranks):

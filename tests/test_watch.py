@@ -22,6 +22,8 @@ def linger(seconds):
     time.sleep(seconds)
 
 def main():
+    if os.environ.get("RANK") == "1":
+        time.sleep(float(os.environ.get("LATE", 0)))
     rank, world, _ = ranks.init_distributed()
     ranks.gather([rank])
     print("up", flush=True)
@@ -39,8 +41,8 @@ ranks.leave(main)
 """
 
 
-def start(world, *args):
-    port, env = free_port(), os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+def start(world, *args, **more):
+    port, env = free_port(), os.environ | more | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     started = []
     for rank in range(world):
         own = dict(zip(LAUNCHER, (str(rank), str(rank), str(world), "127.0.0.1", str(port)), strict=True)) if world > 1 else {}
@@ -68,7 +70,7 @@ def test_who_waits_says_who_is_missing_and_all_goes_on():
     up(started)
     said, codes = end(started)
     assert codes == [0, 0, 0] and said[1] == said[2] == "", "one rank speaks for all"
-    found = re.findall(r"ranks 0, 1 in update_actor for 0.0 min, missing: rank 2 is in reward for 0.0 min \(kill -USR1 (\d+)", said[0])
+    found = re.findall(r"ranks 0, 1 have been in update_actor for 0.0 min, missing: rank 2 has been in reward for 0.0 min \(kill -USR1 (\d+)", said[0])
     assert found and 1 <= len(found) <= 3 and {int(pid) for pid in found} == {started[0].pid}
 
 
@@ -82,16 +84,17 @@ def test_a_signal_to_one_rank_prints_the_stacks_of_all_even_inside_a_collective(
     assert codes == [0, 0, 0]
     for rank, text in enumerate(said):
         where, line = ("reward", "in linger") if rank == 2 else ("update_actor", "in all_reduce")
-        assert re.search(rf"^rank {rank}: in {where} for [0-3] s$", text, re.M) and text.count("in main\n") == 1, text
+        assert re.search(rf"^rank {rank} has been in {where} for [0-3] s$", text, re.M) and text.count("in main\n") == 1, text
         assert line in text
 
 
 @pytest.mark.slow
 def test_stacks_come_unasked_before_the_limit_of_a_collective():
-    started = start(2, 99, 1.0, 2.5)
+    started = start(2, 99, 1.2, 2.5)
     up(started)
     said, codes = end(started)
     assert codes == [0, 0] and "in all_reduce" in said[0] and "in linger" in said[1], said
+    assert [text.count("in main\n") for text in said] == [1, 1]
 
 
 @pytest.mark.slow
@@ -106,17 +109,31 @@ def test_a_rank_that_is_gone_ends_the_others_with_a_message(gone):
     assert code == 1 and f"rank {1 - gone}: no sign of life of rank {gone} for" in said, said
 
 
+@pytest.mark.slow
+def test_a_rank_that_comes_late_and_a_job_that_is_suspended_have_lost_nobody():
+    started = start(2, 1.5, 99, 2, LATE="5")
+    up(started)
+    time.sleep(0.5)
+    for what in (signal.SIGSTOP, signal.SIGCONT):
+        for p in started:
+            p.send_signal(what)
+        time.sleep(3)
+    said, codes = end(started)
+    assert codes == [0, 0] and not any("no sign" in text for text in said), said
+
+
 def test_a_single_process_has_nobody_to_wait_for_but_prints_its_stack():
     started = start(1, 0.1, 99, 2)
     up(started)
     time.sleep(0.5)
     started[0].send_signal(signal.SIGUSR1)
     (said,), codes = end(started)
-    assert codes == [0] and re.match(r"rank 0: in reward for [0-2] s\n", said) and "in linger" in said and " min" not in said
+    assert codes == [0] and re.match(r"rank 0 has been in reward for [0-2] s\n", said) and "in linger" in said and " min" not in said
 
 
 def test_the_line_names_all_who_are_behind_or_nobody():
-    places = {0: [7, "reward", 400.0, 80], 1: [9, "update_actor", 390.0, 80], 2: [9, "update_actor", 360.0, 80], 3: [6, "gen_base", 420.0, 84]}
-    says = "ranks 1, 2 in update_actor for 6.5 min, missing: rank 0 is in reward for 6.7 min; rank 3 is in gen_base for 7.0 min (kill"
+    places = {0: [7, "reward", 400.0], 1: [9, "update_actor", 390.0], 2: [9, "update_actor", 360.0], 3: [6, "gen_base", 420.0]}
+    says = "ranks 1, 2 have been in update_actor for 6.5 min, missing: rank 0 has been in reward for 6.7 min; rank 3 has been in gen_base"
     assert report(places).startswith(says)
-    assert report({r: [3, "gen_base", 300.0, 60] for r in range(2)}).startswith("ranks 0, 1 in gen_base for 5.0 min, nobody is missing (kill")
+    everybody = report({r: [3, "gen_base", 300.0] for r in range(2)})
+    assert everybody.startswith("ranks 0, 1 have been in gen_base for 5.0 min, nobody is missing (kill")

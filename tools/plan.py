@@ -202,7 +202,7 @@ def remedies(cfg, given, peak):
     def mends(at=given, **changes):
         return peak not in misfits(replace(cfg, **changes), at)
 
-    longest, counts = cfg.max_prompt_tokens + cfg.max_response_tokens, [2**k for k in range(11)]
+    longest, counts = cfg.max_prompt_tokens + cfg.max_response_tokens, [cfg.replicate * 2**k for k in range(11)]
     tries = {  # the first value that fits is taken
         "activation_checkpointing": [True],
         "micro_batch_tokens": range(cfg.micro_batch_tokens // 1024 * 1024, longest - 1, -1024),
