@@ -4,7 +4,7 @@
     python -m tools.bench --only update,head --shape 1.5b --rollouts 256 --mean 1000 --longest 4000
     torchrun --nproc_per_node 8 -m tools.bench --shape 7b --only update,score,sync activation_checkpointing=true
     python -m tools.bench --only rollout model=DIR data=FILE.jsonl template=chat    # real prompts, text of real lengths
-    python -m tools.bench --only memory lora_rank=16         # the trainer's peak: of a process, so no other part beside it
+    python -m tools.bench --only memory lora_rank=16         # the trainer's peak is of a process: nothing beside it
 
 Parts: update (packed against padded to the longest), scaling (twice the tokens, twice the chunks), score (log-prob
 pass), head (chunked against naive), rollout, sync, verifier, balance; and memory, if it is asked for.
@@ -235,7 +235,7 @@ def bench_sync(b):
 
 
 def bench_memory(b):
-    """The highest memory above that of the imports: of the trainer's start, and of two optimizer steps. Beside them what
+    """Peak memory above that of the imports: of the trainer's start, and of two optimizer steps. Beside them what
     lib/memory.py expects of an update, which on a GPU is in bf16."""
     before, norms = peak_memory(), {}
     _ = b.policy
