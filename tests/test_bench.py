@@ -40,6 +40,14 @@ def test_every_part_leaves_its_numbers(ranks):
     assert 1 <= out["balance of 2 ranks, most / mean tokens, 512 rollouts"] <= 1.05
 
 
+@pytest.mark.slow
+def test_memory_of_adapters_is_less_than_that_of_the_whole_model():
+    full, lora = (run("--shape", "135m", "--rollouts", "2", "--only", "memory", *own) for own in ([], ["lora_rank=16"]))
+    assert (full["trained parameters"], lora["trained parameters"]) == (134_500_000, 4_884_000)  # four digits
+    assert full["trainer's start, GiB"] - lora["trainer's start, GiB"] > 0.8, "two moments of fp32 are 1 GiB"
+    assert full["update, GiB"] > lora["update, GiB"] and lora["planned for bf16, frozen models, GiB"] == 0.2506
+
+
 def test_padding_changes_the_work_and_not_the_numbers(sharp, cpu):
     rows = ragged(9, 3, 25)
     longest = max(map(policy.packed_length, rows))

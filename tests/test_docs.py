@@ -83,6 +83,18 @@ def test_every_test_that_the_list_of_promises_names_is_there():
     assert named and not missing
 
 
+def test_the_table_of_adapters_is_what_the_kept_lines_say(capsys):
+    """Mean and standard deviation over seeds of every cell, and whether a difference is seen."""
+    from tools import matrix
+    assert matrix.main(["lora", "--data", str(ROOT / "docs/data/lora.jsonl")]) == 0
+    table, *differences = capsys.readouterr().out.split("\n\n")
+    page = DOCS["models"]
+    for line in table.splitlines()[1:]:
+        cells = re.split(r"  +", line.strip())[3:-1]      # without arm, tokens, seeds, and the last, which is not measured
+        assert f"| {' | '.join(cells)} |" in page, line
+    assert len(table.splitlines()) == 1 + 2 * 5 and differences[-1].strip() in page
+
+
 def glossary():
     """Metric names of the glossary's first column."""
     table = DOCS["glossary"][DOCS["glossary"].index("| metric |"):]

@@ -4,10 +4,9 @@
     python -m tools.bench --only update,head --shape 1.5b --rollouts 256 --mean 1000 --longest 4000
     torchrun --nproc_per_node 8 -m tools.bench --shape 7b --only update,score,sync activation_checkpointing=true
     python -m tools.bench --only rollout model=DIR data=FILE.jsonl template=chat    # real prompts, text of real lengths
-    python -m tools.bench --only memory lora_rank=16         # the trainer's peak: of a process, so no other part beside it
 
 Parts: update (packed against padded to the longest), scaling (twice the tokens, twice the chunks), score (log-prob
-pass), head (chunked against naive), rollout, sync, verifier, balance; and memory, if it is asked for.
+pass), head (chunked against naive), rollout, sync, verifier, balance; memory, on its own: its peak is the process's.
 Variants take turns. Numbers are medians of --repeats turns, ratios are of medians. key=value: as in lib/config.py.
 """
 
@@ -136,8 +135,7 @@ class Bench:
         self.notes[name] = float(f"{value:.4g}")
 
     def speed(self, name, seconds, work=None):
-        """Note response tokens a second and rank, and what the hardware makes of `work`, a function of lib/memory.py
-        that counts FLOPs, over the rollouts."""
+        """Note response tokens a second and rank, and the FLOP/s of `work`, a function of lib/memory.py, over them."""
         self.note(f"{name}, response tokens/s and rank", self.trained / seconds / self.world)
         if work:
             flops = work(self.config, self.lengths, self.trained, self.cfg.lora_rank) / seconds / self.world
@@ -235,13 +233,10 @@ def bench_sync(b):
 
 
 def bench_memory(b):
-    """The highest memory above that of the imports: of the trainer's start, and of two optimizer steps. Beside them what
-    lib/memory.py expects of an update, which on a GPU is in bf16."""
-    before, norms = peak_memory(), {}
-    _ = b.policy
+    """Peak memory above that of the imports, and what lib/memory.py expects of an update, which on a GPU is in bf16."""
+    before, step = peak_memory(), optimizer_step(b, b.rows, {}, "packed")
     b.note("trained parameters", sum(p.numel() for p in b.policy.trained.values()))
     b.note("trainer's start, GiB", peak_memory() - before)
-    step = optimizer_step(b, b.rows, norms, "packed")
     step(), step()
     b.note("update, GiB", peak_memory() - before)
     for name, size in trainer_memory(b.cfg, b.config, b.world)[1].items():
