@@ -1,8 +1,8 @@
-"""The experiments of docs/exploration.md, methods.md and models.md: every arm, resumed where it stopped, tables.
+"""The experiments of docs/exploration.md, methods.md and scale.md: every arm, resumed where it stopped, tables.
 
     python -m tools.matrix plain                             # all arms, all seeds, two runs at a time
     python -m tools.matrix methods                           # docs/methods.md: every method, one seed, the first budget
-    python -m tools.matrix lora                              # docs/models.md: adapters against the whole model
+    python -m tools.matrix lora                              # docs/scale.md: adapters against the whole model
     python -m tools.matrix hard --seeds 0 --arms cure,dapo   # a part of it; --jobs 0: run nothing
     python -m tools.matrix plain --data docs/data/exploration.jsonl     # tables and picture of kept lines
 
