@@ -88,7 +88,7 @@ def test_the_table_of_adapters_is_what_the_kept_lines_say(capsys):
     from tools import matrix
     assert matrix.main(["lora", "--data", str(ROOT / "docs/data/lora.jsonl")]) == 0
     table, *differences = capsys.readouterr().out.split("\n\n")
-    page = DOCS["models"]
+    page = DOCS["scale"]
     for line in table.splitlines()[1:]:
         cells = re.split(r"  +", line.strip())[3:-1]      # without arm, tokens, seeds, and the last, which is not measured
         assert f"| {' | '.join(cells)} |" in page, line
