@@ -99,7 +99,7 @@ class Run:
         head = {"step": s["step"], "stage": s["stage"], "opt_step": s["opt_step"], "tokens/generated": s["generated"]}
         line, self.pending = {**head, **line, **self.pending}, {}
         line = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in line.items()}
-        if numbers := {k: v for k, v in line.items() if k.startswith("eval/") and k != "eval/right"}:
+        if numbers := {k: v for k, v in line.items() if k.startswith("eval/") and isinstance(v, int | float)}:
             cfg = dict(self.stages)[s["stage"]]
             how = {k: getattr(cfg, k) for k in ("eval_data", "eval_temperature", "eval_top_p")}
             s["evaluation"] = {"step": s["step"], "stage": s["stage"], **how, **numbers}  # for the model card
