@@ -211,7 +211,7 @@ def open_results(run, report):
                          "another out_dir begins anew")  # fmt: skip
     for name in report["settings"].keys() & old.get("settings", {}).keys():
         now, then = (r["settings"][name] for r in (report, old))
-        for k in [k for k in now if now[k] != then.get(k, now[k])]:
+        for k in [k for k in now if now[k] != then.get(k, {})]:  # {}: chat_args, from before there were any
             raise ValueError(f"{k.removesuffix('_sha256')}: {name} in {run.out} was begun with {then.get(k)!r}, "
                              f"not {now[k]!r}; another out_dir begins anew")  # fmt: skip
     report["settings"], report["results"] = (old.get(k, {}) | report[k] for k in ("settings", "results"))

@@ -17,7 +17,7 @@ def save_card(run, cfg, folder):
     datasets = sorted({name for c in stages.values() if on_hub(name := c["data"].split(":")[0])})
     kinds = sorted({"sft" if c["kind"] == "sft" else "reinforcement-learning" for c in stages.values()})
     front = {"library_name": "transformers", "pipeline_tag": "text-generation",
-             "tags": ["nanocure", *kinds, *["lora"][: cfg.lora_rank]],
+             "tags": ["nanocure", *kinds, *(["lora"] if cfg.lora_rank else [])],
              **({"base_model": cfg.model} if on_hub(cfg.model) else {}),
              **({"datasets": datasets} if datasets else {})}  # fmt: skip
     title = code(os.path.basename(os.path.abspath(run.out)))
@@ -38,10 +38,10 @@ def save_card(run, cfg, folder):
         parts.append(f"After {found['step']} steps of reinforcement learning, in stage {code(found['stage'])}, on "
                      f"{code(found['eval_data'])}, at temperature {found['eval_temperature']} and top_p "
                      f"{found['eval_top_p']}.")  # fmt: skip
-        rows = [[code(k), f"{v:.6g}"] for k, v in found.items() if k.startswith("eval/") and v is not None]
+        rows = [[code(k), f"{v:.6g}"] for k, v in found.items() if k.startswith("eval/") and isinstance(v, int | float)]
         parts.append(table(["metric", "value"], rows))
     else:
-        parts.append("There was no evaluation.")
+        parts.append("The run knows of none.")
     versions = [[code(k), code(v)] for k, v in (read_json(f"{run.out}/versions.json") or {}).items() if v is not None]
     parts += ["## Versions", table(["of", "version"], versions)]
     with open(f"{folder}/README.md", "w", encoding="utf-8") as f:

@@ -240,7 +240,8 @@ def check_chat_args(chat_args, template, tokenizer):
     ours = {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters}
     if bad := sorted(chat_args.keys() & ours):
         raise ValueError(f"chat_args: {bad[0]} is not the chat template's to take: leave it out")
-    if bad := [name for name in chat_args if not re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template))]:
+    read = tokenizer.get_chat_template()  # of several named ones the one that is used
+    if bad := [name for name in chat_args if not re.search(rf"\b{re.escape(name)}\b", read)]:
         raise ValueError(f"chat_args: the tokenizer's chat template does not read {bad[0]}")
 
 

@@ -100,7 +100,7 @@ class Run:
         head = {"step": s["step"], "stage": s["stage"], "opt_step": s["opt_step"], "tokens/generated": s["generated"]}
         line, self.pending = {**head, **line, **self.pending}, {}
         line = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in line.items()}
-        if numbers := {k: v for k, v in line.items() if k.startswith("eval/") and k != "eval/right"}:
+        if numbers := {k: v for k, v in line.items() if k.startswith("eval/") and isinstance(v, int | float)}:
             cfg = dict(self.stages)[s["stage"]]
             how = {k: getattr(cfg, k) for k in ("eval_data", "eval_temperature", "eval_top_p")}
             s["evaluation"] = {"step": s["step"], "stage": s["stage"], **how, **numbers}  # for the model card
@@ -369,14 +369,20 @@ def start_files(run, resume):
     else:
         for log in LOGS:
             open(f"{run.out}/{log}", "w").close()
-    base = vars(run.stages[0][1])
-    stages = {n: {k: v for k, v in vars(c).items() if v != base[k] and k != "name"} for n, c in run.stages}
-    resolved = {**{k: v for k, v in base.items() if k != "name"}, "stages": stages}
-    replace_file(f"{run.out}/config.yaml", OmegaConf.to_yaml(OmegaConf.create(resolved)))
+    replace_file(f"{run.out}/config.yaml", resolved(run.stages))
     replace_file(f"{run.out}/stages.json", json.dumps({n: vars(c) for n, c in run.stages}, indent=1))
     replace_file(f"{run.out}/versions.json", json.dumps(versions(run), indent=1))
     if (first := run.stages[0][1]).track:  # the same command goes on in the same run of the tracker
         run.tracker = Tracker(run, first.track, again=bool(resume) and first.resume == "auto")
+
+
+def resolved(stages):
+    """The YAML of all settings, those on top that the stages share. A stage's chat_args would be added to those on top,
+    so where stages differ none is there."""
+    first, *others = (vars(c) for _, c in stages)
+    shared = {k: v for k, v in first.items() if k != "name" and all(c[k] == v for c in others)}
+    own = {name: {k: v for k, v in vars(c).items() if k not in shared and k != "name"} for name, c in stages}
+    return OmegaConf.to_yaml(OmegaConf.create({**shared, "stages": own}))
 
 
 def versions(run):

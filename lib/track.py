@@ -2,20 +2,23 @@
 
 Rank 0 passes on the numbers of each line once it is in the file, and a few sampled groups now and then. A run that goes
 on first passes on what the tracker lacks of the file. A tracker's step is the training step, plus the steps of sft so
-far: it never falls, and an evaluation has the step that it follows.
+far. It never falls, and an evaluation has the step that it follows.
 """
 
 import importlib.util
 import json
 import os
+import re
 import shutil
+import textwrap
 import uuid
+from pathlib import Path
 
 from lib.files import read_json, replace_file
 
 EVERY, GROUPS, CHARS = 10, 2, 2000  # training steps from table to table, groups in one, characters of a text
-COLUMNS = ("step", "prompt_id", "group", "parent", "t_star", "h_star", "reward", "advantage", "correct", "answer",
-           "finish", "prompt", "response")  # fmt: skip
+COLUMNS = ["step", "prompt_id", "group", "parent", "t_star", "h_star", "reward", "advantage", "correct", "answer",
+           "finish", "prompt", "response"]  # fmt: skip
 
 
 class Tracker:
@@ -24,25 +27,22 @@ class Tracker:
     def __init__(self, run, name, again):
         """again: go on in the tracker's run that out_dir/track.json names. ValueError: it cannot be opened."""
         self.print, self.name, self.lines, self.sft, self.ok = run.print, name, 0, 0, True
-        path = f"{run.out}/track.json"
+        out = Path(os.path.abspath(run.out))
+        path = out / "track.json"
         try:
             ids = (read_json(path) if again else None) or {}
-            with open(f"{run.out}/metrics.jsonl") as f:
-                lines = [json.loads(line) for line in f]
-            known, config = ids.get(name, ""), read_json(f"{run.out}/stages.json")
-            last = lines[-1]["step"] + sum("sft/step" in line for line in lines) if lines else -1
-            ids[name], self.have, self.put, self.finish = OPEN[name](run.out, known, config, last)
-            if known:  # tensorboard, and wandb offline, cannot say what they have
-                self.have = self.have or len(lines)
+            lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+            known, config = ids.get(name, ""), read_json(out / "stages.json")
+            ids[name], self.have, self.put, self.finish = OPEN[name](out, known, config, lines if known else [])
             replace_file(path, json.dumps(ids))
         except Exception as e:  # errors of four libraries
-            raise ValueError(f"track: {name}: {reason(e)}") from e
+            hint = f" ({path} names its run; without this file a new one begins)" if again else ""
+            raise ValueError(f"track: {name}: {reason(e)}{hint}") from e
         for line in lines:
             self.log(line)
 
     def log(self, line, rows=()):
-        """Pass on a line of metrics.jsonl, unless it is there from before. rows: what samples.jsonl got at this
-        step."""
+        """Pass on a line of metrics.jsonl, unless it is there. rows: what samples.jsonl got at this step."""
         self.lines += 1
         self.sft += "sft/step" in line
         if self.lines <= self.have:
@@ -78,81 +78,78 @@ def require(name):
         raise ValueError(f"track: {name} is not installed: pip install {name}")
 
 
-def name_of(out):
-    """A run's name in its tracker: that of its folder."""
-    return os.path.basename(os.path.abspath(out))
-
-
 # ------------------------------------------------------------------------------------------------------- the trackers
-# open(out_dir, id or "", config, step of the file's last line) ->
-#     id, lines that it has, put(number of the line, step, numbers, cells), finish()
-def open_wandb(out, known, config, last):
+# open(out_dir, id or "", config, lines of the file that it should have) ->
+#     id, number of lines that it has, put(number of the line, step, numbers, cells), finish()
+def open_wandb(out, known, config, lines):
     import wandb
 
-    run = wandb.init(project=os.environ.get("WANDB_PROJECT", "nanocure"), name=name_of(out), config=config,
-                     id=known or uuid.uuid4().hex, resume="allow", dir=out)  # fmt: skip
+    project = os.environ.get("WANDB_PROJECT", "nanocure")
+    run = wandb.init(id=known or uuid.uuid4().hex, resume="allow", project=project, name=out.name, config=config,
+                     dir=out)  # fmt: skip
     # wandb's own step is the line's number: a line is sent at once and whole, not when a larger step comes
     run.define_metric("*", step_metric="track/step")
 
     def put(number, step, numbers, cells):
-        table = {"samples": wandb.Table(list(COLUMNS), cells)} if cells else {}
+        table = {"samples": wandb.Table(COLUMNS, cells)} if cells else {}
         run.log(numbers | {"track/step": step} | table, step=number - 1, commit=True)
 
-    return run.id, run.step, put, run.finish
+    return run.id, len(lines) if run.offline else run.step, put, run.finish  # offline it cannot say
 
 
-def open_trackio(out, known, config, last):
+def open_trackio(out, known, config, lines):
     import trackio
 
     project = os.environ.get("TRACKIO_PROJECT", "nanocure")
-    name = known or f"{name_of(out)}-{uuid.uuid4().hex[:6]}"
+    name = known or f"{out.name}-{uuid.uuid4().hex[:6]}"
     have = len(trackio.SQLiteStorage.get_logs(project, name))
     run = trackio.init(project, name, resume="allow", config=config)
 
     def put(number, step, numbers, cells):
-        table = {"samples": trackio.Table(list(COLUMNS), cells)} if cells else {}
+        table = {"samples": trackio.Table(COLUMNS, cells)} if cells else {}
         run.log({k: v for k, v in numbers.items() if k != "step"} | table, step=step)  # it has a `step` of its own
 
     return name, have, put, trackio.finish
 
 
-def open_tensorboard(out, known, config, last):
+def open_tensorboard(out, known, config, lines):
     from torch.utils.tensorboard import SummaryWriter
 
-    folder = f"{out}/tensorboard"
     if not known:
-        shutil.rmtree(folder, ignore_errors=True)
-    writer = SummaryWriter(folder, purge_step=last + 1)  # what was written after the checkpoint counts no more
+        shutil.rmtree(out / "tensorboard", ignore_errors=True)
+    last = lines[-1]["step"] + sum("sft/step" in line for line in lines) if lines else -1
+    writer = SummaryWriter(out / "tensorboard", purge_step=last + 1)  # what came after the checkpoint is written again
 
-    def text(tag, lines, step):  # indented: Markdown shows it as it is
-        writer.add_text(tag, "\n".join(f"    {line}" for line in lines), step)
+    if not known:  # indented text is code in Markdown, shown as it is
+        writer.add_text("config", textwrap.indent(json.dumps(config, indent=1), "    "), 0)
 
     def put(number, step, numbers, cells):
         for key, value in numbers.items():
             writer.add_scalar(key, value, step)
-        if cells:
-            text("samples", [json.dumps(dict(zip(COLUMNS, row)), ensure_ascii=False) for row in cells], step)
+        rows = [json.dumps(dict(zip(COLUMNS, row)), ensure_ascii=False) for row in cells]
+        if rows:
+            writer.add_text("samples", textwrap.indent("\n".join(rows), "    "), step)
         writer.flush()
 
-    if not known:
-        text("config", json.dumps(config, indent=1).splitlines(), 0)
-    return "tensorboard", 0, put, writer.close
+    return "tensorboard", len(lines), put, writer.close
 
 
-def open_mlflow(out, known, config, last):
+def open_mlflow(out, known, config, lines):
     import mlflow
 
+    def named(numbers):  # it has no @ in names, and little else besides letters
+        return {re.sub(r"[^\w/. :-]", "_", k.replace("@", "_at_")): v for k, v in numbers.items()}
+
     mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", "nanocure"))
-    run = mlflow.start_run(run_id=known or None, run_name=None if known else name_of(out))
+    run = mlflow.start_run(run_id=known or None, run_name=None if known else out.name)
     if not known:
         mlflow.log_dict(config, "stages.json")
-        mlflow.log_params({f"{stage}.{key}": value for stage, cfg in config.items() for key, value in cfg.items()})
+        mlflow.log_params(named({f"{stage}.{key}": v for stage, cfg in config.items() for key, v in cfg.items()}))
 
     def put(number, step, numbers, cells):
         if cells:
             mlflow.log_table(dict(zip(COLUMNS, zip(*cells))), f"samples/{step:06d}.json")
-        named = {k.replace("@", "_at_"): v for k, v in numbers.items()}  # it has no @ in names
-        mlflow.log_metrics(named | {"track/lines": number}, step=step)
+        mlflow.log_metrics(named(numbers) | {"track/lines": number}, step=step)
 
     return run.info.run_id, int(run.data.metrics.get("track/lines", 0)), put, mlflow.end_run
 

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from lib import data
 from lib.config import Config, load_config
-from lib.run import load_tasks
+from lib.run import load_tasks, resolved
 from lib.toy import make_toy, make_toy_base, toy_problem, toy_regions
 from reward import last_boxed
 
@@ -356,10 +357,20 @@ def test_chat_args_reach_the_chat_template(thinking, template):
     assert data.render("1+1?", template, thinking, "S", {}) == plainly
 
 
+def test_of_several_chat_templates_the_default_one_is_asked(thinking):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = {"default": "{{ messages[0].content }}{{\nend }}", "tool_use": "{{ other }}"}
+    assert data.render("q", "chat", tokenizer, "", {"end": "!"}) == "q!"
+    fails("^chat_args: .* does not read other", data.render, "q", "chat", tokenizer, "", {"other": 1})
+
+
 def test_chat_args_are_typed_and_may_differ_between_stages(tmp_path):
     (tmp_path / "c.yaml").write_text("chat_args: {enable_thinking: false}\nstages:\n  a: {}\n  b: {chat_args: {other: [1, x]}}\n")
     (_, a), (_, b) = load_config(["--config", f"{tmp_path}/c.yaml"])
     assert a.chat_args == {"enable_thinking": False} and b.chat_args == {"enable_thinking": False, "other": [1, "x"]}
+    (tmp_path / "resolved.yaml").write_text(resolved([("a", a), ("b", b), ("none", replace(b, name="none", chat_args={}))]))
+    again = load_config(["--config", f"{tmp_path}/resolved.yaml"])
+    assert [c.chat_args for _, c in again] == [a.chat_args, b.chat_args, {}], "a stage's are not added to another's"
     ((_, c),) = load_config(["chat_args.enable_thinking=false"])
     assert c.chat_args["enable_thinking"] is False, "not the text false, which Qwen3's template would not take for it"
 

@@ -299,6 +299,10 @@ def test_an_evaluation_takes_chat_args(argv, tiny, tmp_path, capsys):
     assert [r["prompt"] for r in lines(tmp_path / "run/samples.jsonl")] == ["1+1?=", "1+2?="]
     assert json.load(open(tmp_path / "run/eval.json"))["settings"]["rl"]["chat_args"] == {"quiet": True}
     assert refused(out, capsys).startswith("chat_args: rl in ")
+    report = json.load(open(tmp_path / "run/eval.json"))
+    del report["settings"]["rl"]["chat_args"]                    # one of before there were any had none
+    (tmp_path / "run/eval.json").write_text(json.dumps(report))
+    assert refused([*out, "chat_args.quiet=true"], capsys).startswith("chat_args: rl in ")
     assert "does not read loud" in refused([*out, "chat_args.loud=true"], capsys)
 
 

@@ -25,17 +25,17 @@ def no_pictures(monkeypatch):
     monkeypatch.setattr("tools.analyze.curves", lambda out: [])
 
 
-def stand_in(calls, have=0, fail_at=None):
-    """A tracker that keeps what it gets in `calls`. It has `have` lines from before, and fails at a line."""
+def stand_in(calls, have=None, fail_at=None):
+    """A tracker that keeps what it gets in `calls`. It has `have` lines from before, or cannot say, and fails at a line."""
 
     def put(number, step, numbers, cells):
         if number == fail_at:
             raise OSError("no\nnetwork")
         calls.append((number, step, numbers, cells))
 
-    def open_it(out, known, config, last):
-        calls.append(("open", known, sorted(config), last))
-        return known or "run-1", have, put, lambda: calls.append("closed")
+    def open_it(out, known, config, lines):
+        calls.append(("open", known, sorted(config), len(lines)))
+        return known or "run-1", len(lines) if have is None else have, put, lambda: calls.append("closed")
 
     return open_it
 
@@ -55,14 +55,14 @@ def test_lines_of_before_come_first_in_steps_that_never_fall_and_only_numbers(fo
     calls = []
     monkeypatch.setitem(track.OPEN, "wandb", stand_in(calls))
     track.Tracker(folder, "wandb", again=False).log({"step": 1, "eval/avg@4": 0.5})
-    assert calls[0] == ("open", "", ["cold", "rl"], 2)
+    assert calls[0] == ("open", "", ["cold", "rl"], 0), "a new run should have none of the file's lines"
     assert calls[1:] == [(1, 1, {"step": 0, "sft/step": 1, "sft/loss": 0.5}, []), (2, 1, {"step": 0, "eval/avg@4": 0.25}, []),
                          (3, 2, {"step": 1, "actor/lr": 1e-6}, []), (4, 2, {"step": 1, "eval/avg@4": 0.5}, [])]  # fmt: skip
 
 
-@pytest.mark.parametrize("have, passed_on", [(2, [3, 4, 5]), (3, [4, 5]), (4, [5]), (0, [4, 5])])
+@pytest.mark.parametrize("have, passed_on", [(2, [3, 4, 5]), (3, [4, 5]), (4, [5]), (0, [1, 2, 3, 4, 5]), (None, [4, 5])])
 def test_a_run_that_goes_on_passes_on_what_the_tracker_lacks_and_nothing_twice(folder, monkeypatch, have, passed_on):
-    """have: its lines. Of 0 it cannot say (tensorboard, wandb offline), and those of the file count as there."""
+    """have: its lines. None: it cannot say (tensorboard, wandb offline), and those of the file count as there."""
     calls = []
     monkeypatch.setitem(track.OPEN, "wandb", stand_in([]))
     track.Tracker(folder, "wandb", again=False)
@@ -138,6 +138,15 @@ def test_a_tracker_that_does_not_open_is_one_line(folder, monkeypatch):
         track.Tracker(folder, "wandb", again=False)
 
 
+@pytest.mark.parametrize("damaged", ["", "[1]", '{"wandb": '])
+def test_a_damaged_track_json_is_named(damaged, folder, monkeypatch):
+    monkeypatch.setitem(track.OPEN, "wandb", stand_in([]))
+    (Path(folder.out) / "track.json").write_text(damaged)
+    with pytest.raises(ValueError, match=r"^track: wandb: .*/track\.json names its run; without this file a new one begins"):
+        track.Tracker(folder, "wandb", again=True)
+    track.Tracker(folder, "wandb", again=False)
+
+
 # -------------------------------------------------------------------------------------------------- the real packages
 def in_tensorboard(out):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -208,6 +217,27 @@ def test_a_resumed_run_is_in_the_real_tracker_value_by_value(name, config, tmp_p
     assert sorted(found) == sorted(want) and tables == 1
 
 
+@pytest.mark.parametrize("name", ["mlflow", "trackio"])
+def test_a_tracker_that_failed_from_the_start_gets_all_lines_at_the_next(name, folder, tmp_path, monkeypatch):
+    """It says that it has none, which is not that it cannot say. Names that MLflow refuses fail neither."""
+    pytest.importorskip(name)
+    monkeypatch.setenv("TRACKIO_DIR", f"{tmp_path}/store")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/store.db")
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "metrics.jsonl"
+    text, _ = file.read_text(), file.write_text("")
+    (tmp_path / "stages.json").write_text(json.dumps({"a+b": {"system_prompt": "x" * 10_000, "method_args": {"a": {"b": None}}}}))
+    track.Tracker(folder, name, again=False).close()     # opened, and then no line came through
+    file.write_text(text)
+    tracker = track.Tracker(folder, name, again=True)
+    tracker.log({"step": 2, "actor/share>0, é": 0.25})
+    assert tracker.have == 0 and tracker.lines == 4 and tracker.ok
+    tracker.close()
+    again = track.Tracker(folder, name, again=True)
+    again.close()
+    assert again.have == 4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kill_at", [110, 150])
 def test_tensorboard_after_kill_9_shows_each_step_once_and_two_ranks_write_one_file(kill_at, config, run, tmp_path):
@@ -269,7 +299,7 @@ def card_of(tmp_path, evaluation=None, **changes):
 def test_hub_ids_are_named_and_folders_are_not(tmp_path, monkeypatch):
     found = card_of(tmp_path, model="Qwen/Qwen2.5-0.5B", data="openai/gsm8k:main:train", lora_rank=8, kind="sft")
     assert found.data.base_model == "Qwen/Qwen2.5-0.5B" and found.data.datasets == ["openai/gsm8k"]
-    assert found.data.tags == ["nanocure", "sft", "lora"] and "There was no evaluation." in found.text
+    assert found.data.tags == ["nanocure", "sft", "lora"] and "The run knows of none." in found.text
     assert "LoRA's adapters are merged into these weights. `adapter/`" in found.text and "vllm" not in found.text
     (tmp_path / "runs/base").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
@@ -280,11 +310,11 @@ def test_hub_ids_are_named_and_folders_are_not(tmp_path, monkeypatch):
 def test_text_of_a_config_breaks_neither_yaml_nor_tables(tmp_path):
     nasty = "a | b `c` ``d``\n---\n| x |\n# <script>alert(1)</script>\r\n```\u2028end"
     evaluation = {"step": 2, "stage": nasty, "eval_data": "x|y", "eval_temperature": 1.0, "eval_top_p": 1.0, "eval/stderr": None,
-                  "eval/avg@4": 0.5}
+                  "eval/avg@4": 0.5, "eval/words": "a fork's", "eval/list": [1]}
     found = card_of(tmp_path, evaluation, name=nasty, system_prompt=nasty, model=nasty, method=["a|b"], method_args={nasty: 1})
     assert found.data.tags == ["nanocure", "reinforcement-learning"] and found.data.base_model is None
     lines = found.text.splitlines()
-    assert not [x for x in lines if re.match(r"\s*(---|# <|```)", x)] and "eval/stderr" not in found.text
+    assert not [x for x in lines if re.match(r"\s*(---|# <|```)", x)] and re.findall("`(eval/.*?)`", found.text) == ["eval/avg@4"]
     for block in re.findall(r"(?:^\|.*\n?)+", found.text, re.M):
         cells = {len(re.findall(r"(?<!\\)\|", row)) for row in block.splitlines()}
         assert len(cells) == 1, "as many cells in each row"

@@ -63,7 +63,8 @@ def play_data(runs):
     if cfg["verifier"] not in VERIFIERS or cfg["method"] or cfg["clause"] != "prefix":
         raise ValueError(f"{runs[0]}: the page has CURE's own move alone, with the verifiers {', '.join(VERIFIERS)}")
     _, source = find_benchmark(cfg["eval_data"] or cfg["data"])
-    prompts, _ = load_prompts(source, tokenizer, cfg["template"], cfg["max_prompt_tokens"], limit=60)
+    prompts, _ = load_prompts(source, tokenizer, cfg["template"], cfg["max_prompt_tokens"],
+                              cfg["system_prompt"], cfg.get("chat_args"), limit=60)
     allowed = allowed_tokens(tokenizer, config.vocab_size, cfg["min_token_chars"])
     names = sorted(state)
     return {
