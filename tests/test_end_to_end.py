@@ -504,7 +504,9 @@ def answering(folder, kind, answers):
     tokenizer = Qwen2Tokenizer(vocab={s: i for i, s in enumerate(symbols)}, merges=[], unk_token=None, pad_token=symbols[0],
                                eos_token=symbols[1])  # fmt: skip
     tokenizer.add_tokens(list(answers))
-    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    tokenizer.chat_template = (  # as Qwen3's, thoughts of none where thinking is off
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+        "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}")
     config = AutoConfig.for_model(kind, vocab_size=len(symbols) + len(answers), hidden_size=64, intermediate_size=96,
                                   num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
                                   tie_word_embeddings=True, bos_token_id=None, eos_token_id=1, pad_token_id=0)  # fmt: skip
@@ -549,6 +551,8 @@ def test_each_config_of_a_single_gpu_takes_a_step_of_both_stages_at_a_tiny_size(
         assert m["train/kept_groups"] >= 2 and m["actor/grad_norm"] > 0 and m["mismatch/mean_abs"] < 1e-5
         assert ("actor/is_weight" in m) == (rank > 0)
     assert first["branch/fallback_share_sampled"] < 1, "branches left at critical tokens"
+    prompts = {row["prompt"] for row in lines(tmp_path / "run/samples.jsonl")}
+    assert all(("<think></think>" in prompt) == name.startswith("qwen3") for prompt in prompts) and prompts
     step = tmp_path / "run/ckpt/step_000002"
     assert (step / "adapter/adapter_model.safetensors").exists() == (rank > 0)
     assert json.loads((step / "hf/config.json").read_text())["model_type"] == kind
