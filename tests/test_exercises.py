@@ -64,6 +64,7 @@ def own_train(cpu, tmp_path, monkeypatch):
     monkeypatch.setattr(cure, "describe", lambda run, cfg, line: "")
     monkeypatch.setattr(cure, "warn", lambda run, cfg, line: None)
     monkeypatch.setattr(checkpoint.dcp, "save", lambda state, storage_writer: None)
+    monkeypatch.setattr(checkpoint, "save_card", lambda run, cfg, folder: None)
     monkeypatch.setattr(checkpoint, "sync", lambda path: None)            # fsync: the disk's business
     for log in checkpoint.LOGS:
         (tmp_path / log).touch()
