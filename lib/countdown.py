@@ -217,25 +217,6 @@ def walk_ends(pool, limit=LIMIT):
     return dict(ends)
 
 
-@functools.cache
-def walk_sees(pool, target, limit=LIMIT):
-    """The probability that a uniform walk gets to two numbers that one move takes to the target."""
-    legal = moves(pool, limit)
-    if len(pool) == 2:
-        return float((target,) in legal.values())
-    return sum(walk_sees(after, target, limit) for after in legal.values()) / len(legal)
-
-
-def difficulty(problems, limit=LIMIT, ks=(1, 16, 64)):
-    """{walk: [pass@k], "perfect last step": [pass@k]} of a uniform legal walk, exact, mean over problems.
-
-    problems: [(numbers, target)]. The testbed was chosen by this table before any model was trained."""
-    pools = [(tuple(sorted(numbers, reverse=True)), target) for numbers, target in problems]
-    rates = {"uniform walk": [walk_ends(p, limit).get(t, 0.0) for p, t in pools],
-             "perfect last step": [walk_sees(p, t, limit) for p, t in pools]}  # fmt: skip
-    return {name: [sum(1 - (1 - p) ** k for p in ps) / len(ps) for k in ks] for name, ps in rates.items()}
-
-
 if __name__ == "__main__":  # for a real model: so many different problems of three numbers, a line each
     rng, seen = random.Random(0), set()
     while len(seen) < int(sys.argv[1]):

@@ -1,4 +1,5 @@
 """lib/countdown.py: the verifier against an independent solver, what it refuses, the problems, the testbed."""
+import functools
 import json
 import os
 import random
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib import toy
-from lib.countdown import ILLEGAL, countdown_problem, difficulty, gold_text, moves, read_gold, walk_ends
+from lib.countdown import ILLEGAL, LIMIT, countdown_problem, gold_text, moves, read_gold, walk_ends
 from lib.data import load_rows, render
 from lib.pool import VerifierPool
 from reward import INVALID, SELF_TEST, VERIFIERS, verdict
@@ -314,6 +315,25 @@ def test_the_counts_of_walks_are_those_of_walks():
         found[pool[0]] += 1
     assert sum(ends.values()) == pytest.approx(1) and found.keys() == ends.keys()
     assert all(abs(found[e] / 4000 - p) < 4 * (p / 4000) ** 0.5 for e, p in ends.items())
+
+
+@functools.cache
+def walk_sees(pool, target, limit=LIMIT):
+    """The probability that a uniform walk gets to two numbers that one move takes to the target."""
+    legal = moves(pool, limit)
+    if len(pool) == 2:
+        return float((target,) in legal.values())
+    return sum(walk_sees(after, target, limit) for after in legal.values()) / len(legal)
+
+
+def difficulty(problems, limit=LIMIT, ks=(1, 16, 64)):
+    """{walk: [pass@k], "perfect last step": [pass@k]} of a uniform legal walk, exact, mean over problems.
+
+    problems: [(numbers, target)]. The testbed was chosen by this table before any model was trained."""
+    pools = [(tuple(sorted(numbers, reverse=True)), target) for numbers, target in problems]
+    rates = {"uniform walk": [walk_ends(p, limit).get(t, 0.0) for p, t in pools],
+             "perfect last step": [walk_sees(p, t, limit) for p, t in pools]}  # fmt: skip
+    return {name: [sum(1 - (1 - p) ** k for p in ps) / len(ps) for k in ks] for name, ps in rates.items()}
 
 
 def test_the_table_of_difficulty_is_that_of_the_docs():
