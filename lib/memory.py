@@ -1,6 +1,5 @@
 """What a run must know of GPUs and of its model's size: memory of trainer and engine, FLOPs, utilisation."""
 
-import os
 import resource
 import sys
 from typing import NamedTuple
@@ -216,14 +215,6 @@ def peak_memory():
         torch.cuda.reset_peak_memory_stats()
         return (peak - pool) / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10) / GIB
-
-
-def host_memory():
-    """GiB of this machine's own memory, or of its container's limit where that is lower."""
-    total, limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "/sys/fs/cgroup/memory.max"
-    if os.path.exists(limit) and (text := open(limit).read().strip()).isdigit():
-        total = min(total, int(text))
-    return total / GIB
 
 
 def peak_flops():

@@ -43,7 +43,6 @@ from lib.memory import (
     engine_share,
     forward_flops,
     frozen_memory,
-    host_memory,
     model_sizes,
     tp_misfit,
     train_flops,
@@ -217,6 +216,14 @@ def remedies(cfg, given, peak):
         n = next((n for n in counts if n >= given.world and mends(given._replace(gpu=gpu, world=n))), 0)
         out += [f"gpu={key}" + f" gpus={n}" * (n != given.world)] if n else []
     return out
+
+
+def host_memory():
+    """GiB of this machine's own memory, or of its container's limit where that is lower."""
+    total, limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "/sys/fs/cgroup/memory.max"
+    if os.path.exists(limit) and (text := open(limit).read().strip()).isdigit():
+        total = min(total, int(text))
+    return total / GIB
 
 
 def host(config, world, lora_rank=0):
