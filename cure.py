@@ -26,16 +26,16 @@ from lib.engine import gap_limit, request_seed
 from lib.method import for_step, load_method
 from lib.policy import cut, learning_rate
 from lib.ranks import end_group, gather, gather_sums, leave, one_line_errors, timed
-from lib.run import (
+from lib.report import (
     announce,
     describe,
     describe_evaluation,
     entropy_metrics,
     performance,
-    prepare_run,
     sampling_metrics,
     warn,
 )
+from lib.run import prepare_run
 from lib.sft import sft_step
 from loss import group_advantages, importance_weights, mismatch, n_kept, policy_loss, token_mask, token_weights
 from rollout import allowed_tokens, collect, critical_tokens, response_lengths, token_column

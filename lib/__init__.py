@@ -1,7 +1,8 @@
 """Plumbing: what the five scripts stand on. It knows none of them but loss.py and reward.py. In reading order:
 
     config       every setting, its default, its limits; files and command line
-    run          one run: its folder, its start, its logs and printed lines
+    run          one run: its folder, its start, its logs
+    report       what it says of a step: numbers of the log, printed lines
     ranks        the process group, and the few collectives on Python objects
     watch        who waits for whom, and where each rank is
     policy       the trained model: packing, FSDP, scoring, one optimizer step

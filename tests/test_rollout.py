@@ -21,7 +21,7 @@ from lib.engine import Sampling, TorchEngine, VLLMEngine, draw, request_seed
 from lib.policy import Policy, pack
 from lib.pool import VerifierPool
 from lib.ranks import gather, timed
-from lib.run import sampling_metrics
+from lib.report import sampling_metrics
 from loss import group_advantages
 from rollout import (
     Rollout,
