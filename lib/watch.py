@@ -68,9 +68,8 @@ def watch(signals, rank, world):
 
         signs = Signs.ranks
         places = {r: json.loads(sign) for r, sign in signs.items()}
-        waiting = [r for r, (_, _, seconds) in places.items() if seconds > SPEAK]
-        if waiting and rank == min(waiting):  # one rank speaks for all
-            if now - spoken > SPEAK:
+        if rank == min(furthest(places), default=None):  # one of those that wait speaks for all
+            if min(now - since, now - spoken) > SPEAK:
                 spoken = now
                 say(report(places))
             if now - since > STACKS and told != since:
@@ -111,11 +110,15 @@ def exchange(rank, world):
             pass
 
 
+def furthest(places):
+    """Which ranks have been in the most places: all others are missing there."""
+    return [r for r, (count, _, _) in places.items() if count == max(c for c, _, _ in places.values())]
+
+
 def report(places):
     """One line on who waits for whom. places: {rank: [places it has been in, name, seconds there]}."""
-    furthest = max(count for count, _, _ in places.values())
-    late = {r: p for r, p in places.items() if p[0] < furthest}
-    there = places.keys() - late
+    there = furthest(places)
+    late = {r: p for r, p in places.items() if r not in there}
     _, name, seconds = places[min(there)]
     missing = "; ".join(f"rank {r} has been in {where} for {s / 60:.1f} min" for r, (_, where, s) in late.items())
     missing = f"missing: {missing}" if late else "nobody is missing"
