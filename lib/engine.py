@@ -379,7 +379,7 @@ def make_engine(run, path, stop_ids, trainer=True, reference=False):
         share = cfg.gpu_memory_utilization or 0.9  # vLLM's own default
     elif run.device.type == "cuda":
         widest = max((c for _, c in run.stages), key=lambda c: c.max_prompt_tokens + c.max_response_tokens)
-        frozen = frozen_memory(config, run.world // cfg.replicate) if reference and not cfg.lora_rank else 0
+        frozen = frozen_memory(cfg, config, run.world) if reference else 0
         share, report = engine_share(widest, config, run.world, this_gpu(), frozen)
         run.print(report)
     return VLLMEngine(cfg, path, run.device, dtype, stop_ids, longest, share)

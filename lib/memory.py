@@ -134,9 +134,9 @@ def adapter_parameters(config, rank):
     return s.layers * rank * sum(D + width for width in widths)
 
 
-def frozen_memory(config, world):
-    """Bytes a GPU holds of a reference model, bf16 and sharded."""
-    return 2 * model_sizes(config).params / world
+def frozen_memory(cfg, config, world):
+    """Bytes a GPU holds of a reference model, bf16 and sharded over a copy. With adapters it is the policy's own."""
+    return 0 if cfg.lora_rank else 2 * model_sizes(config).params / (world // cfg.replicate)
 
 
 def tp_misfit(tp, config, ranks):

@@ -265,7 +265,7 @@ class Policy:
         return out
 
     def score_base(self, *args):
-        """score() by the model without its adapters, which is the model that the run began with."""
+        """score() by the model without its adapters: the one that `model` names, as it was before training."""
         LoraLinear.on = False
         try:
             return self.score(*args)

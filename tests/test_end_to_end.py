@@ -533,7 +533,7 @@ TASKS = {  # task: answers that are tokens of the model, rows of the data's sche
 
 
 @pytest.mark.parametrize("name", SINGLE_GPU)
-def test_each_config_of_a_single_gpu_takes_a_step_of_both_stages_at_a_tiny_size(name, tmp_path):
+def test_each_config_of_a_single_gpu_takes_a_step_of_both_stages_at_a_tiny_size(name, tmp_path, monkeypatch):
     """The file as it is, but for model, data, sizes and counts: template, verifier, adapters, weights, checkpointing."""
     kind, task = SINGLE_GPU[name]
     answers, rows = TASKS[task]
@@ -542,9 +542,12 @@ def test_each_config_of_a_single_gpu_takes_a_step_of_both_stages_at_a_tiny_size(
     small = ["stages.stage1.steps=1", "stages.stage2.steps=1", "prompts_per_step=4", "prompts_per_round=4", "engine=torch",
              "prompts_per_minibatch=2", "max_prompt_tokens=600", "max_response_tokens=12", "micro_batch_tokens=1300"]  # fmt: skip
     argv = ["--config", str(ROOT / f"configs/{name}.yaml"), f"model={tmp_path}/model", f"data={tmp_path}/data.jsonl", *small]
+    counted = []
+    monkeypatch.setattr("lib.report.utilisation", lambda *args: counted.append(args) or {})
     assert cure.main([*argv, f"out_dir={tmp_path}/run"]) == 0
     first, second = train_lines(tmp_path / "run")
     rank = load_config(argv)[0][1].lora_rank
+    assert {args[-1] for args in counted} == {rank}, "perf/mfu counts adapters"
     assert (rank > 0) == ("lora" in name) and (first["stage"], second["stage"]) == ("stage1", "stage2")
     for m in (first, second):
         print(f"{name} {m['stage']}: {m['train/kept_groups']} groups kept, accuracy {m['train/accuracy']:.2f}, gradient {m['actor/grad_norm']:.3f}")

@@ -236,7 +236,9 @@ def test_memory_of_7b_by_hand():
 def test_a_copy_a_node_takes_the_memory_of_one_node_and_half_its_time():
     one, two = planned("gpus=8"), planned("gpus=16", "replicate=2")
     parts = [plan.memory(plan.widest(todo), given) for todo, given in (one, two)]
-    assert parts[0] == parts[1] and plan.host(qwen_7b(), 8) == plan.host(qwen_7b(), 16 // two[0][0][1].replicate)
+    assert parts[0] == parts[1] and len({re.search("host memory: .*", plan.report(*x))[0] for x in (one, two)}) == 1
+    needs = [[w for w in plan.warnings(todo, given._replace(host=48)) if "host memory" in w] for todo, given in (one, two)]
+    assert needs[0] == needs[1] != []
     hours = [plan.stage_report(*todo[0], given)[1] for todo, given in (one, two)]
     assert hours[1] == pytest.approx(hours[0] / 2, rel=0.05)  # decoding reads all weights for half the sequences
     slow = [phases("gpu=l40s", *changes)["update"].expected for changes in (["gpus=16"], ["gpus=16", "replicate=2"])]
@@ -296,6 +298,12 @@ def about(text, peak):
     start = {"awake": "WARNING: log-prob passes beside the engine", "asleep": "WARNING: the update"}[peak]
     line = next((x for x in text.splitlines() if x.startswith(f"{start} will not fit")), None)
     return line and line.rpartition(": ")[2].split(" | ")
+
+
+def test_fewer_copies_and_a_frozen_model_over_more_gpus_are_remedies():
+    assert "replicate=2" in about(report("gpus=16", "replicate=16"), "asleep")
+    narrow = "method=kl", "gpus=1", "micro_batch_tokens=8192"
+    assert "gpus=16" in about(report(*narrow), "asleep") and "gpus=2" in about(report(*narrow), "awake")
 
 
 @pytest.mark.parametrize("peak, overrides, keys", [
@@ -380,6 +388,7 @@ def test_a_model_the_arithmetic_does_not_hold_for_is_refused_by_name():
 def test_a_reference_beside_adapters_takes_no_memory():
     frozen = [planned("method=kl", f"lora_rank={r}")[1].frozen for r in (0, 32)]
     assert frozen == [2 * 7_615_616_512 / 8, 0]
+    assert planned("method=kl", "gpus=16", "replicate=2")[1].frozen == 2 * 7_615_616_512 / 8, "of a copy"
 
 
 SINGLE = {"qwen2.5-0.5b-24gb": bench.shape_config("0.5b"), "qwen2.5-1.5b-24gb-lora": bench.shape_config("1.5b"),

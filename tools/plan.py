@@ -198,22 +198,25 @@ def misfits(cfg, given):
 def remedies(cfg, given, peak):
     """Changes "key=value" of one key, each of which alone makes `peak` fit. If there is none: GPUs on which it fits."""
 
-    def mends(at=given, **changes):
-        return peak not in misfits(replace(cfg, **changes), at)
+    def mends(world=given.world, gpu=given.gpu, **changes):
+        new = replace(cfg, **changes)  # a frozen model is spread over the GPUs of a copy
+        frozen = given.frozen * (given.world // cfg.replicate) / (world // new.replicate)
+        return peak not in misfits(new, given._replace(world=world, gpu=gpu, frozen=frozen))
 
     longest, counts = cfg.max_prompt_tokens + cfg.max_response_tokens, [cfg.replicate * 2**k for k in range(11)]
     tries = {  # the first value that fits is taken
         "activation_checkpointing": [True],
         "micro_batch_tokens": range(cfg.micro_batch_tokens // 1024 * 1024, longest - 1, -1024),
         "gpu_memory_utilization": [k / 100 for k in range(99, 0, -1)],
+        "replicate": [n for n in range(cfg.replicate - 1, 0, -1) if given.world % n == 0],
         "engine_tp": [k for k in (2, 4, 8) if not tp_misfit(k, given.config, given.world // cfg.replicate)],
     }
     found = {key: next((v for v in values if mends(**{key: v})), 0) for key, values in tries.items()}
-    found["gpus"] = next((n for n in counts if n > given.world and mends(given._replace(world=n))), 0)
+    found["gpus"] = next((n for n in counts if n > given.world and mends(n)), 0)
     if out := [f"{key}={value}".lower() for key, value in found.items() if value]:
         return out
     for key, gpu in GPUS.items():
-        n = next((n for n in counts if n >= given.world and mends(given._replace(gpu=gpu, world=n))), 0)
+        n = next((n for n in counts if n >= given.world and mends(n, gpu)), 0)
         out += [f"gpu={key}" + f" gpus={n}" * (n != given.world)] if n else []
     return out
 
@@ -231,7 +234,7 @@ def host(config, world, lora_rank=0):
 
     A rank reads only its rows of the weights, one tensor at a time. It writes its state in files of checkpoint.PIECE,
     or of one tensor where that is larger, and holds each twice. Then rank 0 gathers the bf16 weights of hf/. State is
-    of what is trained, with adapters only of them, none of which is as large as a file."""
+    of what is trained: with adapters, of the adapters. None of them is as large as a file."""
     s, adapters = model_sizes(config), adapter_parameters(config, lora_rank)
     piece = min(12 * (adapters or s.params) / world, max(PIECE, 0 if adapters else 4 * s.head / world))
     return world * PROCESS + 2 * s.head, world * PROCESS + max(2 * piece * world, 2 * s.params)
@@ -364,7 +367,7 @@ def arguments(argv):
         raise ValueError(wrong)
     there = int(own["host"]) or (host_memory() if torch.cuda.is_available() else 0)
     reference = any(load_method(cfg, HOOKS).reference for _, cfg in stages)
-    frozen = frozen_memory(config, int(own["gpus"]) // first.replicate) if reference and not first.lora_rank else 0
+    frozen = frozen_memory(first, config, int(own["gpus"])) if reference else 0
     numbers = int(own["gpus"]), int(own["response"]), frozen, there, float(own["fork"])
     return stages, Given(config, GPUS[own["gpu"]], *numbers)
 
