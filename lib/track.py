@@ -79,9 +79,11 @@ def require(name):
 
 
 # ------------------------------------------------------------------------------------------------------- the trackers
-# open(out_dir, id or "", config, lines of the file that it should have) ->
-#     id, number of lines that it has, put(number of the line, step, numbers, cells), finish()
+# Each takes the run's folder, the id of the tracker's run or "" for a new one, the config, and the lines of
+# metrics.jsonl that it should have. It gives back its id, how many lines it has, put(number of the line, step, numbers,
+# cells) and finish(). Whatever its library raises goes through.
 def open_wandb(out, known, config, lines):
+    """wandb: one log call a line. Offline it cannot say what it has."""
     import wandb
 
     project = os.environ.get("WANDB_PROJECT", "nanocure")
@@ -94,10 +96,11 @@ def open_wandb(out, known, config, lines):
         table = {"samples": wandb.Table(COLUMNS, cells)} if cells else {}
         run.log(numbers | {"track/step": step} | table, step=number - 1, commit=True)
 
-    return run.id, len(lines) if run.offline else run.step, put, run.finish  # offline it cannot say
+    return run.id, len(lines) if run.offline else run.step, put, run.finish
 
 
 def open_trackio(out, known, config, lines):
+    """trackio: a run is known by its name. It counts the lines that it has."""
     import trackio
 
     project = os.environ.get("TRACKIO_PROJECT", "nanocure")
@@ -113,12 +116,13 @@ def open_trackio(out, known, config, lines):
 
 
 def open_tensorboard(out, known, config, lines):
+    """TensorBoard: a file a start. What came after the checkpoint is purged, and written again."""
     from torch.utils.tensorboard import SummaryWriter
 
     if not known:
         shutil.rmtree(out / "tensorboard", ignore_errors=True)
     last = lines[-1]["step"] + sum("sft/step" in line for line in lines) if lines else -1
-    writer = SummaryWriter(out / "tensorboard", purge_step=last + 1)  # what came after the checkpoint is written again
+    writer = SummaryWriter(out / "tensorboard", purge_step=last + 1)
 
     if not known:  # indented text is code in Markdown, shown as it is
         writer.add_text("config", textwrap.indent(json.dumps(config, indent=1), "    "), 0)
@@ -135,6 +139,7 @@ def open_tensorboard(out, known, config, lines):
 
 
 def open_mlflow(out, known, config, lines):
+    """MLflow: it keeps the number of lines that it has as a metric of its own, track/lines."""
     import mlflow
 
     def named(numbers):  # it has no @ in names, and little else besides letters

@@ -1012,6 +1012,8 @@ def rank_job(rank, world, device, source, out):
     # and a good one after it, from which the same weights follow as on one rank
     norm, taken = policy.update(plan, loss_fn, 1.0, 1e-3, 1.0)
     found["after"] = {"taken": gather([taken]), "weights": weights(policy)}
+    mesh = next(make(source, replicate=world).model.parameters()).device_mesh
+    found["limits"] = [group._get_backend(device).options._timeout.total_seconds() for group in mesh.get_all_groups()]
     from transformers import AutoTokenizer
     policy.save_hf(f"{out}/hf{world}", AutoTokenizer.from_pretrained(source))
     if rank == 0:
@@ -1081,6 +1083,11 @@ def test_the_step_after_a_skipped_one_is_taken_and_equals_one_process(ranks, fre
     for n, w in weights(fresh).items():                 # Adam's first step turns rounding into up to 2 lr where g ~ 0
         gap = (ranks[world]["policy"]["after"]["weights"][n] - w).abs()
         assert gap.max() <= 2.1e-3 and (gap > 1e-5).double().mean() <= 1e-3, n
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_the_groups_of_several_copies_wait_as_long_as_the_process_group(ranks, world):
+    assert ranks[world]["policy"]["limits"] == [7200.0, 7200.0]
 
 
 @pytest.mark.parametrize("world", WORLDS)
